@@ -1,0 +1,46 @@
+# Everything a contributor needs, one command each. PYTHON picks the interpreter: `make setup PYTHON=python3.12`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test slow lint format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv and install the package with pinned dependencies (again only when they change)
+
+# The stamp is written last: an interrupted installation is taken up again by the next `make`.
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "Installing into $(VENV) (PyTorch is a large download: some minutes the first time)"
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check \
+		--editable '.[all,dev]' --constraint constraints.txt \
+		| awk '/^(Collecting|Building|Installing) / { print "  " $$1, $$2; fflush() }'
+	@touch $@
+	@echo "Ready: $(BIN)/taylor-attention --help"
+
+run: setup ## Show what the library does: constant time and memory per token on a real long text
+	@$(BIN)/taylor-attention demo
+
+test: lint ## Lint, types and every test that is not slow
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: setup ## The slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: setup ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Rewrite the sources in the common style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove caches and build outputs (.venv stays)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,53 @@
+"""The group of commands, and what an error looks like: one line on stderr and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from .. import __version__
+from ..errors import TaylorAttentionError
+from .demo import demo
+from .evaluate import evaluate
+from .generate import generate
+from .plan import plan
+from .train import train
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class Application(click.Group):
+    """A group whose errors, its own and the library's, are one line; anything else is a defect, with its traceback."""
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Run a command and exit: 0, 2 for bad input, 130 for Ctrl-C."""
+        extra["standalone_mode"] = False
+        try:
+            code = super().main(*args, **extra)
+        except click.Abort:
+            _fail("interrupted", INTERRUPTED)
+        except click.ClickException as error:
+            _fail(error.format_message(), BAD_INPUT)
+        except TaylorAttentionError as error:
+            _fail(str(error), BAD_INPUT)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo("error: " + " ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+@click.group(cls=Application, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="taylor-attention")
+@click.pass_context
+def app(context: click.Context) -> None:
+    """Softmax attention at constant cost and memory per token, to a precision that you choose."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+for command in (plan, train, generate, evaluate, demo):
+    app.add_command(command)

@@ -1,0 +1,87 @@
+"""What the commands share: consoles, progress bars, numbers as people read them, and models by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..errors import expect
+from ..lm.checkpoint import SHIPPED, load_checkpoint, shipped
+from ..nn import LanguageModel
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
+
+
+def err() -> Console:
+    """The console of progress and remarks: stderr, so that stdout holds results only."""
+    return Console(stderr=True, highlight=False)
+
+
+def out() -> Console:
+    """The console of results."""
+    return Console(highlight=False)
+
+
+def emit_json(value: Any) -> None:
+    """One JSON object on one line of stdout; a number that is not finite becomes null."""
+    click.echo(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def progress_bar(*extra: str) -> Progress:
+    """A bar with counts and times on stderr, gone when done; `extra` are further fields, in rich's markup.
+
+    Where stderr is no terminal it shows nothing: a log wants lines, which the command writes.
+    """
+    console = err()
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *map(TextColumn, extra)]
+    return Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def table(title: str, *columns: str) -> Table:
+    """A table whose first column is text and whose others are numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold")
+    for position, name in enumerate(columns):
+        made.add_column(name, justify="right" if position else "left", no_wrap=True)
+    return made
+
+
+def size(nbytes: float) -> str:
+    """Bytes as a person reads them: 1.5 MB (powers of 1000)."""
+    units = ["B", "kB", "MB", "GB", "TB", "PB"]
+    while abs(nbytes) >= 999.5 and len(units) > 1:
+        nbytes, units = nbytes / 1000, units[1:]
+    return f"{nbytes:.3g} {units[0]}"
+
+
+def load(model: str, option: str = "--model") -> LanguageModel:
+    """The model of a checkpoint by path, or of a shipped one by name; in float32, ready to run.
+
+    Raises:
+        ArgumentError: there is no such file, or a shipped name whose weights are not there.
+        StorageError: the file is no checkpoint.
+    """
+    known = model in SHIPPED or Path(model).is_file()
+    expect(known, option, f"a checkpoint or one of {', '.join(SHIPPED)}", model)
+    return load_checkpoint(shipped(model) if model in SHIPPED else model)[0]

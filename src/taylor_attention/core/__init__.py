@@ -1,0 +1,1 @@
+"""The mathematics: monomial basis, power series, exact costs, moments and the state."""

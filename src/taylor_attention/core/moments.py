@@ -1,0 +1,186 @@
+"""Moments of keys and values, and how queries read them: the three products that the method consists of.
+
+With Phi the packed monomials (see `basis`) and rows u_t = [v_t, 1] of E = value_dim + 1 entries:
+
+    accumulate_   T[e, r] += sum_t u[e, t] Phi_r(x_t)          raw moments: no series coefficient in them
+    read          y[e, t]  = sum_r T[e, r] Phi_r(x_t)          T times the reading weights c_p C_p gives [N, Z]
+    read_slope    the same, and d/dx_t of sum_e u[e, t] y[e, t]
+
+`read` and `accumulate_` are adjoint, so these three are also all that the backward pass needs. Layout: tokens last,
+x [n, d, C], u [n, E, C], moments [n, E, M]: the value axis as rows is the fast orientation of these GEMMs, and a
+monomial is one contiguous run over tokens. Most monomials of the highest degree are never formed: their block with
+first index i is x_i times a suffix of the degree below, so the GEMM runs on the suffix and x_i scales its small side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .basis import Block, blocks, feature_count
+
+_TAIL = 512
+"""Monomials of the highest degree that are formed all the same: their blocks are too small for a GEMM each."""
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How the packed axis is computed: rows that are formed, and blocks of the highest degree that are not."""
+
+    spans: tuple[tuple[slice, slice], ...]  # (rows of the packed axis, the same rows in the formed features)
+    blocks: tuple[Block, ...]
+    formed_blocks: tuple[Block, ...]  # of the highest degree; the last ones, all with a suffix of variables
+    rows: int
+
+
+@lru_cache(maxsize=256)
+def _split(head_dim: int, degree: int) -> _Split:
+    count = feature_count(head_dim, degree)
+    if degree <= 1:
+        return _Split(((slice(0, count), slice(0, count)),), (), (), count)
+    top = blocks(head_dim, degree)
+    first = next(i for i, block in enumerate(top) if count - block.start <= _TAIL)
+    lower, tail = feature_count(head_dim, degree - 1), count - top[first].start
+    spans = [(slice(0, lower), slice(0, lower)), (slice(count - tail, count), slice(lower, lower + tail))]
+    if first == 0:
+        spans = [(slice(0, count), slice(0, count))]
+    return _Split(tuple(spans), top[:first], top[first:], lower + tail)
+
+
+def formed_count(head_dim: int, degree: int) -> int:
+    """Number of monomials that are formed per token; the rest of the M exist only inside GEMMs."""
+    return _split(head_dim, degree).rows
+
+
+def _suffix(block: Block) -> slice:
+    return slice(block.suffix, block.suffix + block.stop - block.start)
+
+
+def _formed_blocks(head_dim: int, degree: int) -> list[tuple[Block, slice]]:
+    """The blocks that are formed, lowest degree first, each with its rows in the formed features."""
+    found = [(b, slice(b.start, b.stop)) for p in range(2, degree) for b in blocks(head_dim, p)]
+    split = _split(head_dim, degree)
+    if split.formed_blocks:
+        shift = split.rows - feature_count(head_dim, degree)
+        found += [(b, slice(b.start + shift, b.stop + shift)) for b in split.formed_blocks]
+    return found
+
+
+def _form(x: Tensor, degree: int) -> Tensor:
+    """The formed monomials with tokens last: [n, d, C] -> [n, rows, C]."""
+    n, head_dim, length = x.shape
+    features = x.new_empty(n, _split(head_dim, degree).rows, length)
+    features[:, :1] = 1
+    if degree >= 1:
+        features[:, 1 : 1 + head_dim] = x
+    for b, rows in _formed_blocks(head_dim, degree):
+        torch.mul(features[:, _suffix(b)], x[:, b.index : b.index + 1], out=features[:, rows])
+    return features
+
+
+def accumulate_(moments: Tensor, x: Tensor, u: Tensor, degree: int) -> None:
+    """Add sum_t u[:, t] Phi(x_t) to moments [n, E, M] in place, for x [n, d, C] and u [n, E, C]."""
+    split, features = _split(x.shape[1], degree), _form(x, degree)
+    for packed, formed in split.spans:
+        moments[:, :, packed].baddbmm_(u, features[:, formed].transpose(1, 2))
+    for b in split.blocks:
+        scaled = u * x[:, b.index : b.index + 1]
+        moments[:, :, b.start : b.stop].baddbmm_(scaled, features[:, _suffix(b)].transpose(1, 2))
+
+
+def read(x: Tensor, moments: Tensor, degree: int) -> Tensor:
+    """sum_r moments[:, r] Phi_r(x_t): x [n, d, C], moments [n, E, M] -> [n, E, C]."""
+    split, features = _split(x.shape[1], degree), _form(x, degree)
+    out = _read_formed(moments, features, split)
+    for b in split.blocks:
+        part = torch.bmm(moments[:, :, b.start : b.stop], features[:, _suffix(b)])
+        out.addcmul_(part, x[:, b.index : b.index + 1])
+    return out
+
+
+def _read_formed(moments: Tensor, features: Tensor, split: _Split) -> Tensor:
+    out = torch.bmm(moments[:, :, split.spans[0][0]], features[:, split.spans[0][1]])
+    for packed, formed in split.spans[1:]:
+        out.baddbmm_(moments[:, :, packed], features[:, formed])
+    return out
+
+
+def read_slope(x: Tensor, moments: Tensor, u: Tensor, degree: int) -> tuple[Tensor, Tensor]:
+    """`read(x, moments)` [n, E, C], and the gradient of its product with u [n, E, C] by x, [n, d, C]."""
+    split, features = _split(x.shape[1], degree), _form(x, degree)
+    out = _read_formed(moments, features, split)
+    slopes = torch.empty_like(features)  # by each formed monomial
+    for packed, formed in split.spans:
+        slopes[:, formed] = torch.bmm(moments[:, :, packed].transpose(1, 2), u)
+    slope = torch.zeros_like(x)
+    for b in split.blocks:
+        block, x_i = moments[:, :, b.start : b.stop], x[:, b.index : b.index + 1]
+        part = torch.bmm(block, features[:, _suffix(b)])
+        out.addcmul_(part, x_i)
+        slope[:, b.index] += (part * u).sum(1)
+        slopes[:, _suffix(b)].baddbmm_(block.transpose(1, 2), u * x_i)
+    for b, rows in reversed(_formed_blocks(x.shape[1], degree)):
+        slope[:, b.index] += (slopes[:, rows] * features[:, _suffix(b)]).sum(1)
+        slopes[:, _suffix(b)].addcmul_(slopes[:, rows], x[:, b.index : b.index + 1])
+    if degree >= 1:
+        slope += slopes[:, 1 : 1 + x.shape[1]]
+    return out, slope
+
+
+def add_compensated(sums: Tensor, compensation: Tensor, increment: Tensor) -> tuple[Tensor, Tensor]:
+    """sums + compensation + increment, as new sums and new compensation: what rounding drops from sums is kept (two-sum).
+
+    The error of a sum of any number of increments stays near one rounding of the result instead of growing with it,
+    so that counters do not stick and slow drifts do not build up. Differentiable through the sums.
+    """
+    increment = increment + compensation
+    total = sums + increment
+    with torch.no_grad():
+        virtual = total - sums
+        dropped = (sums - (total - virtual)) + (increment - virtual)
+    return total, dropped
+
+
+class RunningMoments:
+    """The moments of a sequence while it is processed chunk by chunk: compensated sums and a recent part.
+
+    Chunks add to the recent part by GEMM alone; every `_SPAN` chunks it is settled into the compensated sums.
+    """
+
+    _SPAN = 16
+
+    def __init__(self, sums: Tensor, compensation: Tensor, degree: int) -> None:
+        """Continue from sums and compensation [n, E, M], which are changed in place."""
+        self.sums, self.compensation, self.degree = sums, compensation, degree
+        self._recent = torch.zeros_like(sums)
+        self._pending = 0
+
+    def decay_(self, factor: Tensor) -> None:
+        """Multiply everything by factor [n, 1, 1]."""
+        for part in (self.sums, self.compensation, self._recent):
+            part.mul_(factor)
+
+    def accumulate_(self, x: Tensor, u: Tensor) -> None:
+        """Add the tokens x [n, d, C] with u [n, E, C]."""
+        accumulate_(self._recent, x, u, self.degree)
+        self._pending += 1
+        if self._pending == self._SPAN:
+            self.settle_()
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The moments so far times weights [M], a new tensor [n, E, M]."""
+        return torch.add(self.sums, self._recent).mul_(weights)
+
+    def settle_(self) -> None:
+        """Move the recent part into the compensated sums."""
+        if self._pending:
+            total, dropped = add_compensated(self.sums, self.compensation, self._recent)
+            self.sums.copy_(total)
+            self.compensation.copy_(dropped)
+            self._recent.zero_()
+            self._pending = 0
+
+

@@ -1,0 +1,351 @@
+"""The state of a sequence: a fixed number of bytes, whatever its length.
+
+It holds the raw moments of all tokens so far (no series coefficient is in them), what rounding dropped from them, and a
+short tail: the latest tokens of token-by-token decoding, kept exact and folded into the moments in blocks, so that a
+step reads the moments without rewriting them. A state is a value: passed in and out, merged, selected, saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import StorageError, expect
+from .basis import feature_count
+from .moments import accumulate_, add_compensated
+from .storage import read_tensors, write_tensors
+
+KIND = "state"
+
+MAX_STATE_BYTES = 4 * 2**30
+"""States above this many bytes are refused unless the caller allows more."""
+
+_TENSORS = ("sums", "compensation", "tokens", "log_decay", "tail_key", "tail_value", "tail_log_decay")
+_OWN_DTYPE = ("tokens", "log_decay", "tail_log_decay")  # whatever the dtype of the moments
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The type for long sums of log decay: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def tail_size(head_dim: int, value_dim: int, degree: int) -> int:
+    """Tokens in the tail: a power of two, large enough to make folding rare, small beside the moments."""
+    balance = feature_count(head_dim, degree) * (value_dim + 1) // (2 * (head_dim + value_dim + 1))
+    return min(64, max(8, 1 << balance.bit_length() - 1 if balance else 8))
+
+
+def check_state_bytes(needed: int, allowed: int, degree: int) -> None:
+    """Refuse a state of more bytes than allowed."""
+    if needed > allowed:
+        expected = f"a degree whose state fits in max_state_bytes={allowed:,} bytes"
+        expect(False, "degree", expected, f"{degree}, which needs {needed:,} bytes (raise max_state_bytes to allow it)")
+
+
+@dataclass(eq=False)
+class State:
+    """The moments of one batch of sequences; make one with `State.zeros` or `attention(..., return_state=True)`.
+
+    Attributes:
+        sums: raw moments sum_t Phi(k_t) [v_t, 1], [B, Hkv, E, M] with E = value_dim + 1, without the tail's tokens.
+        compensation: what rounding dropped from `sums`, same shape.
+        tokens: tokens seen per sequence (hidden ones not counted), int64 [B].
+        log_decay: log decay since the start, summed, float64 [B, Hkv] (float32 on devices without it).
+        tail_key: latest keys, tokens last, [B, Hkv, d, W]; tail_value: their [v, 1], faded to now, [B, Hkv, E, W].
+        tail_log_decay: log decay since the tail began, still to be applied to `sums`, float64 [B, Hkv].
+        tail_length: tokens in the tail.
+        degree: highest degree of the moments. scale: factor on q . k that the sequence is read with.
+    """
+
+    sums: Tensor
+    compensation: Tensor
+    tokens: Tensor
+    log_decay: Tensor
+    tail_key: Tensor
+    tail_value: Tensor
+    tail_log_decay: Tensor
+    tail_length: int
+    degree: int
+    scale: float
+
+    @classmethod
+    def zeros(
+        cls,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        degree: int,
+        *,
+        scale: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        max_state_bytes: int = MAX_STATE_BYTES,
+    ) -> State:
+        """The state before the first token.
+
+        Args:
+            scale: factor on q . k; 1 / sqrt(head_dim) if None.
+            dtype: float32 or float64.
+
+        Raises:
+            ArgumentError: a size is not positive, the dtype is another, or the state would take too many bytes.
+        """
+        sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+        for name, size in sizes.items():
+            expect(isinstance(size, int) and size >= 1, name, "an int >= 1", size)
+        for name, size in {"batch_size": batch_size, "degree": degree}.items():
+            expect(isinstance(size, int) and size >= 0, name, "an int >= 0", size)
+        expect(dtype in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", dtype)
+        columns = value_dim + 1
+        shape = (batch_size, kv_heads, columns, feature_count(head_dim, degree))
+        needed = 2 * batch_size * kv_heads * columns * shape[-1] * dtype.itemsize
+        check_state_bytes(needed, max_state_bytes, degree)
+        sums = torch.zeros(shape, dtype=dtype, device=device)
+        tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        scale = head_dim**-0.5 if scale is None else float(scale)
+        return cls.from_sums(sums, torch.zeros_like(sums), tokens, None, head_dim, degree, scale)
+
+    @classmethod
+    def from_sums(
+        cls,
+        sums: Tensor,
+        compensation: Tensor,
+        tokens: Tensor,
+        log_decay: Tensor | None,
+        head_dim: int,
+        degree: int,
+        scale: float,
+    ) -> State:
+        """A state of moments [B, Hkv, E, M] with an empty tail; log_decay [B, Hkv] is the decay since the start."""
+        batch, heads, columns, _ = sums.shape
+        width = tail_size(head_dim, columns - 1, degree)
+        none = torch.zeros(batch, heads, dtype=wide_dtype(sums.device), device=sums.device)
+        return cls(
+            sums,
+            compensation,
+            tokens,
+            none if log_decay is None else log_decay,
+            sums.new_zeros(batch, heads, head_dim, width),
+            sums.new_zeros(batch, heads, columns, width),
+            none.clone(),
+            0,
+            degree,
+            scale,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return self.sums.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.sums.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a key, d_K."""
+        return self.tail_key.shape[2]
+
+    @property
+    def value_dim(self) -> int:
+        """Size of a value, d_V."""
+        return self.sums.shape[2] - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the moments."""
+        return self.sums.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lies."""
+        return self.sums.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: the same for any number of tokens."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    @property
+    def moments(self) -> Tensor:
+        """Raw moments of all tokens, the tail's too, [B, Hkv, E, M]."""
+        return self.folded().sums
+
+    def folded(self) -> State:
+        """The same state with an empty tail; itself if the tail is empty."""
+        if self.tail_length == 0:
+            return self
+        factor = self.tail_log_decay.exp().to(self.dtype)[..., None, None]
+        increment = torch.zeros_like(self.sums).flatten(0, 1)
+        key, value = self.tail_key.flatten(0, 1), self.tail_value.flatten(0, 1)
+        accumulate_(increment, key[..., : self.tail_length], value[..., : self.tail_length], self.degree)
+        sums, compensation = add_compensated(
+            self.sums * factor, self.compensation * factor, increment.view_as(self.sums)
+        )
+        return replace(
+            self,
+            sums=sums,
+            compensation=compensation,
+            tail_key=torch.zeros_like(self.tail_key),
+            tail_value=torch.zeros_like(self.tail_value),
+            tail_log_decay=torch.zeros_like(self.tail_log_decay),
+            tail_length=0,
+        )
+
+    def append_(self, key: Tensor, value: Tensor, log_decay: Tensor | None, visible: Tensor | None) -> None:
+        """Append one token in place: key [B, Hkv, d], value [B, Hkv, E] with its last entry 1, log_decay [B, Hkv].
+
+        Where visible bool [B] is False nothing is appended.
+        """
+        if self.tail_length == self.tail_key.shape[-1]:
+            self.assign_(self.folded())
+        if visible is not None:
+            hidden = ~visible[:, None]
+            key, value = key.masked_fill(hidden[..., None], 0), value.masked_fill(hidden[..., None], 0)
+            log_decay = None if log_decay is None else log_decay.masked_fill(hidden, 0)
+        if log_decay is not None:
+            self.log_decay += log_decay
+            self.tail_log_decay += log_decay
+            self.tail_value *= log_decay.exp().to(self.dtype)[..., None, None]
+        self.tail_key[..., self.tail_length] = key
+        self.tail_value[..., self.tail_length] = value
+        self.tail_length += 1
+        self.tokens += 1 if visible is None else visible
+
+    def assign_(self, other: State) -> None:
+        """Take over the content of another state of the same shape, in place."""
+        for name in _TENSORS:
+            getattr(self, name).copy_(getattr(other, name))
+        self.tail_length = other.tail_length
+
+    def merge(self, later: State) -> State:
+        """The state of this sequence followed by `later`'s, a new one; both stay as they are.
+
+        Raises:
+            ArgumentError: the two differ in shape, degree, scale, dtype or device.
+        """
+        expect(isinstance(later, State), "later", "a State", type(later).__name__)
+        for name in ("batch_size", "kv_heads", "head_dim", "value_dim", "degree", "scale", "dtype", "device"):
+            mine, other = getattr(self, name), getattr(later, name)
+            expect(mine == other, "later", f"a state of {name} {mine}", other)
+        first, second = self.folded(), later.folded()
+        factor = second.log_decay.exp().to(self.dtype)[..., None, None]
+        increment = first.sums * factor
+        dropped = first.compensation * factor + second.compensation
+        sums, compensation = add_compensated(second.sums, dropped.detach(), increment)
+        tokens, log_decay = first.tokens + second.tokens, first.log_decay + second.log_decay
+        return State.from_sums(sums, compensation, tokens, log_decay, self.head_dim, self.degree, self.scale)
+
+    def clone(self) -> State:
+        """An independent copy: a fork of the sequence."""
+        return self._each(lambda tensor: tensor.clone())
+
+    def detach(self) -> State:
+        """The same state without its gradient history."""
+        return self._each(lambda tensor: tensor.detach())
+
+    def select(self, indices: Tensor) -> State:
+        """The sequences at these places of the batch (int64 [N], repeats allowed), a new state: for beams and batches.
+
+        Raises:
+            ArgumentError: indices are not a one-dimensional int64 tensor within the batch.
+        """
+        good = isinstance(indices, Tensor) and indices.ndim == 1 and indices.dtype == torch.int64
+        got = (tuple(indices.shape), indices.dtype) if isinstance(indices, Tensor) else type(indices).__name__
+        expect(good, "indices", "an int64 tensor [N]", got)
+        inside = indices.numel() == 0 or (int(indices.min()) >= 0 and int(indices.max()) < self.batch_size)
+        expect(inside, "indices", f"values in 0..{self.batch_size - 1}", indices.tolist())
+        return self._each(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+        """The same state elsewhere, or with its moments in float32 / float64.
+
+        Raises:
+            ArgumentError: another dtype.
+        """
+        wanted = self.dtype if dtype is None else dtype
+        expect(wanted in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", wanted)
+        target = self.device if device is None else torch.device(device)
+        narrow = {name: getattr(self, name).to(wide_dtype(target)) for name in ("log_decay", "tail_log_decay")}
+        moved = replace(self, **narrow)._each(lambda tensor: tensor.to(target))
+        changed = {name: getattr(moved, name).to(wanted) for name in _TENSORS if name not in _OWN_DTYPE}
+        return replace(moved, **changed)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> State:
+        return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name, for files that hold several states."""
+        return {name: getattr(self, name) for name in _TENSORS}
+
+    def metadata(self) -> dict[str, str]:
+        """What the tensors do not say, as text."""
+        return {"degree": str(self.degree), "scale": self.scale.hex(), "tail_length": str(self.tail_length)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> State:
+        """The state that gave these `tensors()` and this `metadata()`.
+
+        Raises:
+            StorageError: they do not fit together.
+        """
+        try:
+            degree, tail_length = int(metadata["degree"]), int(metadata["tail_length"])
+            scale = float.fromhex(metadata["scale"])
+            state = cls(**{name: tensors[name] for name in _TENSORS}, tail_length=tail_length, degree=degree, scale=scale)
+            state._check_layout()
+        except (KeyError, ValueError, OverflowError, IndexError) as error:
+            raise StorageError(f"state: expected the tensors and metadata of a State, got {error}") from error
+        return state
+
+    def _check_layout(self) -> None:
+        """Raise `ValueError` unless shapes and types are those of a state of this degree."""
+        batch, heads, columns, features = self.sums.shape
+        head_dim, width = self.head_dim, self.tail_key.shape[3]
+        shapes = {
+            "compensation": (batch, heads, columns, features),
+            "tokens": (batch,),
+            "log_decay": (batch, heads),
+            "tail_key": (batch, heads, head_dim, tail_size(head_dim, columns - 1, self.degree)),
+            "tail_value": (batch, heads, columns, width),
+            "tail_log_decay": (batch, heads),
+        }
+        for name, shape in shapes.items():
+            expect(getattr(self, name).shape == shape, name, f"shape {shape}", tuple(getattr(self, name).shape))
+        expect(features == feature_count(head_dim, self.degree), "sums", f"degree {self.degree}", features)
+        expect(self.dtype in (torch.float32, torch.float64), "sums", "float32 or float64", self.dtype)
+        wide = wide_dtype(self.device)
+        wanted = {"tokens": torch.int64, "log_decay": wide, "tail_log_decay": wide}
+        for name in _TENSORS:
+            expect(getattr(self, name).dtype == wanted.get(name, self.dtype), name, "its dtype", getattr(self, name).dtype)
+        expect(bool((self.tokens >= 0).all()), "tokens", "counts >= 0", self.tokens.tolist())
+        expect(0 <= self.tail_length <= width, "tail_length", f"0..{width}", self.tail_length)
+        expect(isfinite(self.scale), "scale", "a finite number", self.scale)
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a file, replacing it atomically (needs safetensors).
+
+        Raises:
+            StorageError: the file cannot be written; what stood there before still stands.
+        """
+        write_tensors(path, self.tensors(), kind=KIND, metadata=self.metadata())
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str | None = None) -> State:
+        """Read a state that `save` wrote.
+
+        Raises:
+            StorageError: the file is missing, damaged, of another kind or of another layout version.
+        """
+        state = State.from_tensors(*read_tensors(path, kind=KIND))
+        return state if device is None else state.to(device)
+
+

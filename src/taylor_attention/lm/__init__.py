@@ -1,0 +1,1 @@
+"""A byte-level language model: text, training, checkpoints, generation and resumable sessions."""

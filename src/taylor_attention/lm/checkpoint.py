@@ -1,0 +1,107 @@
+"""Model files: weights and configuration, over `core.storage`; and the weights that ship with the package."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.storage import read_tensors, write_tensors
+from ..errors import ArgumentError, StorageError, expect
+from ..nn.transformer import LanguageModel, ModelConfig
+
+KIND = "model"
+"""Kind of a model file, as `core.storage` keeps it."""
+
+SHIPPED = ("taylor", "softmax")
+"""Names of the shipped twins, trained with the same budget."""
+
+
+def save_checkpoint(
+    path: str | Path,
+    model: LanguageModel,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model, replacing the file atomically.
+
+    Args:
+        path: the file.
+        model: its weights and configuration are written.
+        metadata: more text to keep ("config" is taken).
+        dtype: to store the weights in; torch.float16 halves the file at a relative error of 2^-11 per weight.
+
+    Raises:
+        StorageError: the file cannot be written.
+        ArgumentError: the metadata has a name that is taken.
+    """
+    extra = dict(metadata or {})
+    expect("config" not in extra, "metadata", "names other than 'config'", sorted(extra))
+    tensors = {name: weight.detach().to(dtype=dtype) for name, weight in model.state_dict().items()}
+    write_tensors(path, tensors, kind=KIND, metadata={**extra, "config": _config_text(model)})
+
+
+def load_checkpoint(
+    path: str | Path, *, device: torch.device | str | None = None
+) -> tuple[LanguageModel, dict[str, str]]:
+    """(model in float32 and eval mode, metadata) as `save_checkpoint` wrote them.
+
+    Raises:
+        StorageError: the file is missing, damaged, of another kind, or does not hold a model that this version has.
+    """
+    tensors, metadata = read_tensors(path, kind=KIND)
+    try:
+        config = ModelConfig.from_dict(json.loads(metadata.pop("config")))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise StorageError(f"{path}: expected a model configuration, got {error}") from error
+    model = LanguageModel(config)
+    load_weights(model, tensors, path)
+    return model.to(device=device).eval(), metadata
+
+
+def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Copy weights into a model, all of them finite and of its shapes, or raise StorageError and change nothing."""
+    own = model.state_dict()
+    if own.keys() != tensors.keys():
+        differing = sorted(own.keys() ^ tensors.keys())
+        raise StorageError(f"{path}: expected the weights of its configuration, got a difference in {differing[:4]}")
+    for name, weight in tensors.items():
+        if weight.shape != own[name].shape:
+            raise StorageError(f"{path}: {name}: expected shape {tuple(own[name].shape)}, got {tuple(weight.shape)}")
+        if not weight.is_floating_point() or not bool(weight.isfinite().all()):
+            raise StorageError(f"{path}: {name}: expected finite numbers, got others")
+    model.load_state_dict(dict(tensors))
+
+
+def shipped(name: str) -> Path:
+    """The file of a model that ships with the package: "taylor", or its "softmax" twin.
+
+    Raises:
+        ArgumentError: the name is neither, or this installation carries no weights.
+    """
+    expect(name in SHIPPED, "name", " or ".join(map(repr, SHIPPED)), repr(name))
+    path = Path(str(resources.files(__package__))) / "weights" / f"{name}.safetensors"
+    if not path.is_file():
+        raise ArgumentError(f"name: expected shipped weights, got {name!r}, which this installation does not carry")
+    return path
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """SHA-256, in hexadecimal, of the configuration and every weight: the same model, or not."""
+    digest = hashlib.sha256(_config_text(model).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{weight.dtype}|{tuple(weight.shape)}|".encode())
+        stored = weight.detach().cpu().contiguous()
+        digest.update(ctypes.string_at(stored.data_ptr(), stored.nbytes))  # the bytes, with or without NumPy
+    return digest.hexdigest()
+
+
+def _config_text(model: LanguageModel) -> str:
+    return json.dumps(model.config.to_dict(), sort_keys=True)

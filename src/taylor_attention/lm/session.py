@@ -1,0 +1,201 @@
+"""A session: a text being read and written, which can be put away in a file and taken up again, exactly.
+
+It holds everything that the next byte depends on: the states of the layers, the pending logits and the generator that
+the draws come from. So N bytes in one go are the same, bit for bit, as stopping, saving, loading and going on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.storage import read_tensors, write_tensors
+from ..errors import StorageError, expect
+from ..nn import LanguageModel
+from .checkpoint import fingerprint
+from .generation import BLOCK, advance, prefill
+
+KIND = "session"
+
+
+class Session:
+    """One text under a model: read bytes into it, draw bytes from it, save it, load it.
+
+    Args:
+        model: the language model, over bytes (vocab_size 256).
+        seed: where the draws start; kept with the session.
+
+    Attributes:
+        states: one per layer, each of the model's own kind.
+        logits: the pending logits [1, V] in the model's dtype, or None while nothing has been read.
+        unshown: bytes drawn but not shown yet, the start of a UTF-8 character (for who prints the text).
+    """
+
+    def __init__(self, model: LanguageModel, *, seed: int = 0) -> None:
+        size = model.config.vocab_size
+        expect(size == 256, "model", "a vocabulary of the 256 bytes", size)
+        expect(-(2**63) <= seed < 2**63, "seed", "an int of 64 bits", seed)
+        self.model = model
+        self.seed = seed
+        self.states: list[Any] = model.new_states(1)
+        self.logits: Tensor | None = None
+        self.generator = torch.Generator().manual_seed(seed)
+        self.unshown = b""
+
+    @property
+    def tokens(self) -> int:
+        """Bytes read and written so far."""
+        return int(self.states[0].tokens[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the context takes: constant for Taylor attention, growing for softmax."""
+        return sum(state.nbytes for state in self.states)
+
+    def read(self, text: bytes, *, block: int = BLOCK) -> None:
+        """Append bytes to the context. Interrupted, it has read whole blocks and stays usable.
+
+        Raises:
+            ArgumentError: the text is empty.
+        """
+        expect(len(text) > 0, "text", "at least one byte", "none")
+        for start in range(0, len(text), block):
+            part = torch.frombuffer(bytearray(text[start : start + block]), dtype=torch.uint8)
+            with uninterrupted():
+                self.logits = prefill(self.model, self.states, part[None].long(), block=block)
+
+    def step(self, **sampling: Any) -> int:
+        """Draw one byte and append it; `sampling` is `temperature`, `top_k`, `top_p` of `generation.sample`.
+
+        Raises:
+            ArgumentError: nothing has been read yet, so there is nothing to draw from.
+        """
+        expect(self.logits is not None, "session", "a text to go on from", "nothing read yet")
+        assert self.logits is not None
+        with uninterrupted():
+            token, self.logits = advance(self.model, self.states, self.logits, generator=self.generator, **sampling)
+        return int(token)
+
+    def stream(self, tokens: int | None = None, **sampling: Any) -> Iterator[int]:
+        """Draw bytes one after another, without end if `tokens` is not given; see `step`."""
+        for _ in islice(count(), tokens):
+            yield self.step(**sampling)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to a file, replacing it atomically.
+
+        Raises:
+            StorageError: the file cannot be written; what stood there before still stands.
+        """
+        tensors = {"generator": self.generator.get_state()}
+        if self.logits is not None:
+            tensors["logits"] = self.logits
+        metadata = {"model": fingerprint(self.model), "seed": str(self.seed), "unshown": self.unshown.hex()}
+        for layer, state in enumerate(self.states):
+            tensors |= {f"{layer}.{name}": tensor for name, tensor in state.tensors().items()}
+            metadata[f"{layer}"] = json.dumps(state.metadata())
+        write_tensors(path, tensors, kind=KIND, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, model: LanguageModel) -> Session:
+        """Take up a saved session; it goes on exactly where it stopped.
+
+        Raises:
+            StorageError: the file is missing, damaged or no session, or it was made with another model.
+        """
+        tensors, metadata = read_tensors(path, kind=KIND)
+        try:
+            if metadata["model"] != fingerprint(model):
+                raise StorageError(f"{path}: a session of another model; load it with the model that made it")
+            session = cls(model, seed=int(metadata["seed"]))
+            session.generator.set_state(tensors["generator"])
+            session.logits = tensors.get("logits")
+            session.unshown = bytes.fromhex(metadata["unshown"])
+            layers = [_layer(layer, tensors, metadata) for layer in range(len(session.states))]
+            session.states = model.states_from_tensors(layers)
+        except KeyError as error:
+            raise StorageError(f"{path}: no whole session: it lacks {error}") from error
+        return session
+
+
+def _layer(
+    layer: int, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What one layer's state wrote into a session's file."""
+    prefix = f"{layer}."
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return own, json.loads(metadata[f"{layer}"])
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[list[int]]:
+    """Hold Ctrl-C back until the block ends, so that states, logits and generator always belong to the same byte.
+
+    The block gets a list, which is empty until Ctrl-C has come. Blocks may be nested; outside the main thread, where
+    signals do not arrive, nothing is held back.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    previous = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if came and callable(previous):
+        previous(signal.SIGINT, None)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Keep a session's file to this process while the block runs, by a lock on `<file>.lock` beside it.
+
+    The lock belongs to the process, so it never outlives a crash. Where the system has no such locks (Windows) nothing
+    is locked.
+
+    Raises:
+        StorageError: another process holds the session, or the folder cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    side = Path(f"{path}.lock")
+    while True:
+        try:
+            file = side.open("w")
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be locked ({error.strerror})") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise StorageError(f"{path}: in use by another process") from error
+        if _same_file(file.fileno(), side):
+            break
+        file.close()  # its owner removed it between our opening and our locking
+    with file:
+        try:
+            yield
+        finally:
+            side.unlink(missing_ok=True)
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one that stands at this path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

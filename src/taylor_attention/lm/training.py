@@ -1,0 +1,278 @@
+"""Training of the language model: AdamW, warmup and cosine, checkpoints that a killed run resumes from bit for bit.
+
+A step is a function of (settings, data, step number, weights and optimiser state), nothing else: batches and learning
+rates come from the step's number. So on one thread, a run that was stopped and resumed is the run that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.storage import read_tensors, write_tensors, write_text
+from ..errors import StorageError, TaylorAttentionError, expect
+from ..nn.transformer import LanguageModel
+from .checkpoint import load_weights, save_checkpoint
+from .data import load_split, sample_batch, to_tensor
+from .evaluation import Evaluation, evaluate, next_byte_loss
+from .settings import TrainingConfig, learning_rate
+
+__all__ = ["Evaluation", "Progress", "TrainingConfig", "TrainingDivergedError", "evaluate", "train"]
+
+KIND = "training"
+"""Kind of the file that a run resumes from, as `core.storage` keeps it."""
+
+COLUMNS = ("step", "tokens", "learning_rate", "train_loss", "gradient_norm", "validation_loss", "seconds")
+"""Columns of log.csv; losses in nats per byte, validation_loss empty where it was not measured."""
+
+_MAY_CHANGE = {"out", "threads", "eval_interval", "eval_windows", "checkpoint_interval"}
+"""Settings that a resumed run may change, as they do not change the weights."""
+
+
+class TrainingDivergedError(TaylorAttentionError, ArithmeticError):
+    """The loss or its gradient is no longer finite; the weights of the last checkpoint stand."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step reports: losses in nats per byte, bytes and seconds since the run began (over all resumptions)."""
+
+    step: int
+    steps: int
+    train_loss: float
+    validation_loss: float | None
+    learning_rate: float
+    tokens: int
+    seconds: float
+    saved: bool
+
+
+def train(
+    config: TrainingConfig, *, resume: bool = False, progress: Callable[[Progress], None] | None = None
+) -> dict[str, Any]:
+    """Train a model as configured, into the folder `config.out`.
+
+    Args:
+        config: the settings.
+        resume: go on from the folder's last checkpoint, with the settings it began with.
+        progress: called after every step.
+
+    Returns:
+        The summary that is also in summary.json: config, steps, tokens, parameters, losses, seconds.
+
+    Raises:
+        ArgumentError: the data, or the folder: it holds a run already, or none to resume, or one with other settings.
+        StorageError: a file cannot be written, or the checkpoint cannot be trusted.
+        TrainingDivergedError: the loss or its gradient is not finite; the last checkpoint stands.
+    """
+    with _threads(config.threads):
+        run = _Run(config)
+        run.resume() if resume else run.begin()
+        with open(run.folder / "log.csv", "a", newline="", buffering=1, encoding="utf-8") as log:
+            while run.step < config.steps:
+                report = run.advance()
+                csv.writer(log).writerow(report.row)
+                if report.progress.saved:  # after its row, so that the log never lags behind the checkpoint
+                    run.save(report.progress.validation_loss)
+                if progress is not None:
+                    progress(report.progress)
+        return run.summarise()
+
+
+@dataclass(frozen=True)
+class _Report:
+    progress: Progress
+    gradient_norm: float
+
+    @property
+    def row(self) -> list[Any]:
+        """The values of `COLUMNS`; floats are written so that they read back exactly."""
+        at = self.progress
+        validation = "" if at.validation_loss is None else at.validation_loss
+        return [
+            at.step, at.tokens, at.learning_rate, at.train_loss, self.gradient_norm, validation, round(at.seconds, 3)
+        ]  # fmt: skip
+
+
+class _Run:
+    """A run in its folder: model, optimiser and position, moved on one step at a time."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.folder = Path(config.out)
+        training, validation = load_split(config.data, validation_fraction=config.validation_fraction)
+        self.data_digest = hashlib.sha256(training + b"\0" + validation).hexdigest()
+        self.training, self.validation = to_tensor(training), to_tensor(validation)
+        expect(
+            len(training) > config.sequence_length,
+            "data",
+            f"more than sequence_length = {config.sequence_length} bytes to train on",
+            len(training),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = LanguageModel(config.model)
+        self.optimizer = _optimizer(self.model, config)
+        self.step = 0
+        self.seconds = 0.0
+
+    def begin(self) -> None:
+        """Claim the folder for a new run."""
+        existing = self.folder / "training.safetensors"
+        expect(not existing.exists(), "out", "a folder without a run, or resume", f"{self.folder}, which holds one")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.folder}: cannot be made ({error.strerror})") from error
+        write_text(self.folder / "log.csv", ",".join(COLUMNS) + "\n")
+
+    def resume(self) -> None:
+        """Take up the weights, the optimiser's state and the position of the last checkpoint; cut the log to it."""
+        path = self.folder / "training.safetensors"
+        expect(path.exists(), "resume", "a folder that holds a run", self.folder)
+        tensors, metadata = read_tensors(path, kind=KIND)
+        self._check_settings(path, metadata)
+        groups = _split_names(tensors)
+        load_weights(self.model, groups.pop("model", {}), path)
+        parameters = dict(self.model.named_parameters())
+        for key, named in groups.items():
+            if named.keys() != parameters.keys():
+                raise StorageError(f"{path}: expected {key} of every weight, got {len(named)} of {len(parameters)}")
+            for name, value in named.items():
+                self.optimizer.state[parameters[name]][key] = value
+        self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+        self._cut_log()
+
+    def advance(self) -> _Report:
+        """Take one step."""
+        started = time.perf_counter()
+        config, step = self.config, self.step + 1
+        rate = learning_rate(config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        inputs, targets = sample_batch(
+            self.training, config.batch_size, config.sequence_length, seed=config.seed, step=step
+        )
+        loss = next_byte_loss(self.model, inputs, targets, "mean")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip, foreach=True))
+        train_loss = float(loss.detach())
+        if not (math.isfinite(train_loss) and math.isfinite(norm)):
+            raise TrainingDivergedError(
+                f"step {step}: expected a finite loss and gradient, got loss {train_loss} and gradient norm {norm}; "
+                f"{self.folder} keeps the last checkpoint"
+            )
+        self.optimizer.step()
+        self.step = step
+        validation_loss = self._validate().loss if self._due(config.eval_interval) else None
+        self.seconds += time.perf_counter() - started
+        saved = self._due(config.checkpoint_interval)
+        tokens = step * config.batch_size * config.sequence_length
+        report = Progress(step, config.steps, train_loss, validation_loss, rate, tokens, self.seconds, saved)
+        return _Report(report, norm)
+
+    def save(self, validation_loss: float | None) -> None:
+        """Replace both files: the one to resume from, then the one to use."""
+        tensors = {f"model/{name}": weight for name, weight in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
+        settings = json.dumps(self.config.to_dict(), sort_keys=True)
+        position = {"step": str(self.step), "seconds": repr(self.seconds)}
+        metadata = {**position, "settings": settings, "data": self.data_digest}
+        write_tensors(self.folder / "training.safetensors", tensors, kind=KIND, metadata=metadata)
+        measured = {} if validation_loss is None else {"validation_loss": repr(validation_loss)}
+        described = {"step": str(self.step), "training": settings, **measured}
+        save_checkpoint(self.folder / "model.safetensors", self.model, metadata=described)
+
+    def summarise(self) -> dict[str, Any]:
+        """Write and return the summary, with the loss on all of the validation text."""
+        started = time.perf_counter()
+        result = evaluate(self.model, self.validation, sequence_length=self.config.sequence_length)
+        summary = {
+            "config": self.config.to_dict(),
+            "steps": self.step,
+            "tokens": self.step * self.config.batch_size * self.config.sequence_length,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "validation": {
+                "nats_per_byte": result.loss,
+                "bits_per_byte": result.bits_per_byte,
+                "bytes": result.tokens,
+            },
+            "training_seconds": round(self.seconds, 3),
+            "validation_seconds": round(time.perf_counter() - started, 3),
+        }
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.config.steps
+
+    def _validate(self) -> Evaluation:
+        length = self.config.sequence_length
+        return evaluate(self.model, self.validation, sequence_length=length, windows=self.config.eval_windows)
+
+    def _check_settings(self, path: Path, metadata: Mapping[str, str]) -> None:
+        try:
+            before = json.loads(metadata["settings"])
+            self._expect_position(metadata)
+        except (KeyError, ValueError) as error:
+            raise StorageError(f"{path}: expected the settings and position of a run, got {error}") from error
+        for name, now in self.config.to_dict().items():
+            if name not in _MAY_CHANGE:
+                expect(before.get(name) == now, name, f"{before.get(name)}, as the run to resume has it", now)
+        same = metadata.get("data") == self.data_digest
+        expect(same, "data", "the text that the run to resume began with", "another text")
+
+    @staticmethod
+    def _expect_position(metadata: Mapping[str, str]) -> None:
+        if int(metadata["step"]) < 1 or not float(metadata["seconds"]) >= 0:
+            raise ValueError("a negative position")
+
+    def _cut_log(self) -> None:
+        """Drop the rows of steps after the checkpoint, which will be taken again."""
+        path = self.folder / "log.csv"
+        text = path.read_text(encoding="utf-8") if path.exists() else ",".join(COLUMNS) + "\n"
+        header, *rows = text.splitlines()
+        kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= self.step]
+        write_text(path, "\n".join([header, *kept]) + "\n")
+
+
+def _optimizer(model: LanguageModel, config: TrainingConfig) -> torch.optim.AdamW:
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def _split_names(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{"group/name": tensor} -> {"group": {"name": tensor}}."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        group, _, name = full_name.partition("/")
+        groups.setdefault(group, {})[name] = tensor
+    return groups
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Run with `count` threads of PyTorch, and put back what was."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before if count is None else count)
+        yield
+    finally:
+        torch.set_num_threads(before)

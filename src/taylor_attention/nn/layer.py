@@ -1,0 +1,187 @@
+"""What Taylor and softmax attention layers share: everything except how scores become weights."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import expect
+from .decay import Decay
+from .norm import RMSNorm
+from .rotary import positions, rotate, rotation
+
+
+class Heads(NamedTuple):
+    """What is mixed: x projected, normalised and rotated."""
+
+    query: Tensor  # [B, Hq, T, d]
+    key: Tensor  # [B, Hkv, T, d]
+    value: Tensor  # [B, Hkv, T, d_V]
+    log_decay: Tensor | None  # [B, Hkv, T], <= 0
+    key_padding_mask: Tensor | None  # bool [B, T], True = attend
+
+
+class Attention(nn.Module):
+    """What the twins share: projections, QK-norm, rotary positions, decay and the calls; a subclass mixes the values.
+
+    Args:
+        d_model: width of the input and of the output.
+        num_heads: query heads.
+        num_kv_heads: key/value heads, a divisor of `num_heads` (grouped queries); default `num_heads`.
+        head_dim: width of queries and keys; default d_model / num_heads.
+        value_dim: width of values; default `head_dim`.
+        qk_norm: RMS-normalise queries and keys over head_dim, with learned gains. A score is then a learned temperature
+            times a cosine, of order 1 when training starts: what a truncated series approximates well.
+        rope: rotate queries and keys by their positions, which go on from the state's token counts.
+        rope_base: base of the rotation's wavelengths.
+        decay: None; "head" (one learned constant per key/value head); "token" (a gate computed from the input).
+        bias: whether the projections have biases.
+        causal: whether a token sees only itself and what came before.
+        scale: multiplies the scores; default head_dim ** -0.5.
+
+    Raises:
+        ArgumentError: a size or an option is not one of these.
+    """
+
+    _state_type: type = object
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        *,
+        qk_norm: bool = True,
+        rope: bool = True,
+        rope_base: float = 10000.0,
+        decay: str | None = None,
+        bias: bool = False,
+        causal: bool = True,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        expect(decay in (None, "head", "token"), "decay", "None, 'head' or 'token'", repr(decay))
+        expect(causal or decay is None, "decay", "None in a layer that is not causal", repr(decay))
+        expect(scale is None or scale > 0, "scale", "a number > 0", scale)
+        self.d_model, self.num_heads = _check_size("d_model", d_model), _check_size("num_heads", num_heads)
+        self.num_kv_heads = _check_kv_heads(num_heads, num_kv_heads)
+        self.head_dim = _check_head_dim(d_model, num_heads, head_dim, rope)
+        self.value_dim = _check_size("value_dim", self.head_dim if value_dim is None else value_dim)
+        self.rope_base = rope_base if rope else None
+        self.causal = causal
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.query = nn.Linear(d_model, num_heads * self.head_dim, bias=bias)
+        self.key = nn.Linear(d_model, self.num_kv_heads * self.head_dim, bias=bias)
+        self.value = nn.Linear(d_model, self.num_kv_heads * self.value_dim, bias=bias)
+        self.output = nn.Linear(num_heads * self.value_dim, d_model, bias=bias)
+        self.query_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.decay = None if decay is None else Decay(d_model, self.num_kv_heads, per_token=decay == "token")
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: Any = None,
+        return_state: bool = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> Any:
+        """Attend over x, after what `state` holds.
+
+        Args:
+            x: [B, T, d_model].
+            state: what came before, from `new_state` or from an earlier call; it is not changed.
+            return_state: whether to return the state after x as well.
+            key_padding_mask: bool [B, T], True = attend; padding on the left or on the right.
+
+        Returns:
+            y [B, T, d_model], or (y, state).
+
+        Raises:
+            ArgumentError: the input or the state does not fit this layer.
+        """
+        self._check(x, state, key_padding_mask)
+        mixed, after = self._mix(self._project(x, state, key_padding_mask), state, return_state)
+        y = self._merge_heads(mixed)
+        return (y, after) if return_state else y
+
+    @torch.no_grad()
+    def decode_(self, x: Tensor, state: Any, *, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Attend over n more tokens x [B, n, d_model] and append them to `state` in place, without gradients.
+
+        Returns y [B, n, d_model]. Raises ArgumentError as `forward`.
+        """
+        expect(self.causal, "decode_", "a causal layer", "causal=False")
+        expect(state is not None, "state", "a state, from new_state(batch_size)", None)
+        self._check(x, state, key_padding_mask)
+        return self._merge_heads(self._mix_(self._project(x, state, key_padding_mask), state))
+
+    def new_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The state of `batch_size` sequences before their first token, on this layer's device unless told."""
+        raise NotImplementedError
+
+    def _mix(self, heads: Heads, state: Any, return_state: bool) -> tuple[Tensor, Any]:
+        """Weigh values by scores: y [B, Hq, T, d_V], and the state afterwards (None unless asked for)."""
+        raise NotImplementedError
+
+    def _mix_(self, heads: Heads, state: Any) -> Tensor:
+        """Weigh values by scores, y [B, Hq, n, d_V], and append the tokens to `state` in place."""
+        raise NotImplementedError
+
+    def _check(self, x: Tensor, state: Any, mask: Tensor | None) -> None:
+        expect(x.ndim == 3 and x.shape[-1] == self.d_model, "x", f"shape [B, T, {self.d_model}]", tuple(x.shape))
+        if mask is not None:
+            fits = mask.dtype == torch.bool and mask.shape == x.shape[:2]
+            expected = f"torch.bool {list(x.shape[:2])}, as x"
+            expect(fits, "key_padding_mask", expected, f"{mask.dtype} {list(mask.shape)}")
+        if state is not None:
+            kind = self._state_type
+            expect(isinstance(state, kind), "state", f"a {kind.__name__} from new_state", type(state).__name__)
+            wanted = (x.shape[0], self.num_kv_heads, self.head_dim, self.value_dim)
+            got = (state.batch_size, state.kv_heads, state.head_dim, state.value_dim)
+            expect(got == wanted, "state", f"(sequences, kv heads, head_dim, value_dim) = {wanted}", got)
+
+    def _project(self, x: Tensor, state: Any, key_padding_mask: Tensor | None) -> Heads:
+        query = self.query_norm(_split_heads(self.query(x), self.head_dim))
+        key = self.key_norm(_split_heads(self.key(x), self.head_dim))
+        value = _split_heads(self.value(x), self.value_dim)
+        if self.rope_base is not None:
+            at = positions(x.shape[1], None if state is None else state.tokens, key_padding_mask, x.device)
+            cosines, sines = rotation(at, self.head_dim, self.rope_base, query.dtype)
+            query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
+        log_decay = None if self.decay is None else self.decay(x, key_padding_mask)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the norms are float32
+        return Heads(query, key, value, log_decay, key_padding_mask)
+
+    def _merge_heads(self, mixed: Tensor) -> Tensor:
+        return self.output(mixed.transpose(1, 2).flatten(2))  # [B, T, d_model]
+
+
+def _split_heads(x: Tensor, width: int) -> Tensor:
+    """[B, T, H * width] -> [B, H, T, width]."""
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+def _check_size(name: str, size: int) -> int:
+    expect(isinstance(size, int) and not isinstance(size, bool) and size >= 1, name, "an int >= 1", repr(size))
+    return size
+
+
+def _check_kv_heads(num_heads: int, num_kv_heads: int | None) -> int:
+    size = _check_size("num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads)
+    expect(num_heads % size == 0, "num_kv_heads", f"a divisor of num_heads = {num_heads}", size)
+    return size
+
+
+def _check_head_dim(d_model: int, num_heads: int, head_dim: int | None, rope: bool) -> int:
+    given = head_dim is not None or d_model % num_heads == 0
+    expect(given, "head_dim", f"a size, as num_heads = {num_heads} does not divide d_model = {d_model}", head_dim)
+    size = _check_size("head_dim", d_model // num_heads if head_dim is None else head_dim)
+    expect(not rope or size % 2 == 0, "head_dim", "an even size, as rope rotates pairs", size)
+    return size

@@ -1,0 +1,16 @@
+"""RMS normalisation that computes in its weight's dtype, whatever autocast made of its input."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / RMS(x) * gain over the last axis, of `width`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> the same shape, in the gain's dtype."""
+        return super().forward(x.to(self.weight.dtype))

@@ -1,0 +1,207 @@
+"""A small pre-norm language model over bytes; one argument chooses Taylor or softmax attention, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..core.state import State
+from ..errors import ArgumentError, expect
+from .attention import SoftmaxAttention, TaylorAttention
+from .cache import KeyValueCache
+from .norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a `LanguageModel`; names and defaults as `TaylorAttention` has them.
+
+    Attributes:
+        vocab_size: symbols; 256 for bytes.
+        d_model: width of the residual stream.
+        num_layers: blocks.
+        num_heads, num_kv_heads, head_dim, value_dim, qk_norm, rope, rope_base, decay: see `TaylorAttention`.
+        attention: "taylor" or "softmax".
+        degree: of the series; a softmax model keeps it unused, so that twins differ in one field.
+        mlp_ratio: hidden width of the MLP over d_model.
+    """
+
+    vocab_size: int = 256
+    d_model: int = 128
+    num_layers: int = 4
+    num_heads: int = 8
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    attention: str = "taylor"
+    degree: int = 2
+    qk_norm: bool = True
+    rope: bool = True
+    rope_base: float = 10000.0
+    decay: str | None = "head"
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads"):
+            size = getattr(self, name)
+            expect(isinstance(size, int) and size >= 1, name, "an int >= 1", repr(size))
+        expect(self.attention in ("taylor", "softmax"), "attention", "'taylor' or 'softmax'", repr(self.attention))
+        expect(
+            isinstance(self.mlp_ratio, (int, float)) and self.mlp_ratio > 0, "mlp_ratio", "a number > 0", self.mlp_ratio
+        )
+        with torch.device("meta"):  # the layer knows its own rules: let it check the rest without allocating
+            self.build_attention()
+
+    def build_attention(self) -> TaylorAttention | SoftmaxAttention:
+        """A new attention layer of this configuration."""
+        sizes = (self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim)
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("qk_norm", "rope", "rope_base", "decay")}
+        if self.attention == "softmax":
+            return SoftmaxAttention(*sizes, **options)
+        return TaylorAttention(*sizes, degree=self.degree, **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> ModelConfig:
+        """The configuration that `to_dict` gave; raises ArgumentError for a name or value that is none of ours."""
+        known = {field.name for field in dataclasses.fields(ModelConfig)}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise ArgumentError(f"model configuration: expected names among {sorted(known)}, got {unknown}")
+        return ModelConfig(**values)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); the MLP squares a ReLU (So et al. 2021), cheap and no worse."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, hidden = config.d_model, int(config.mlp_ratio * config.d_model)
+        self.attention_norm = RMSNorm(width)
+        self.attention = config.build_attention()
+        self.mlp_norm = RMSNorm(width)
+        self.expand = nn.Linear(width, hidden, bias=False)
+        self.contract = nn.Linear(hidden, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        state: Any = None,
+        return_state: bool = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """x [B, T, d_model] -> the same shape, and the state after it (None unless `return_state`)."""
+        normed = self.attention_norm(x)
+        mixed = self.attention(normed, state=state, return_state=return_state, key_padding_mask=key_padding_mask)
+        mixed, after = mixed if return_state else (mixed, None)
+        return self._feed(x + mixed), after
+
+    def decode_(self, x: Tensor, state: Any, *, key_padding_mask: Tensor | None = None) -> Tensor:
+        """x [B, n, d_model] -> the same shape; the tokens are appended to `state` in place."""
+        return self._feed(x + self.attention.decode_(self.attention_norm(x), state, key_padding_mask=key_padding_mask))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        return x + self.contract(functional.relu(self.expand(self.mlp_norm(x))).square())
+
+
+class LanguageModel(nn.Module):
+    """Embedding, blocks, norm, and the embedding again as the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding_norm = RMSNorm(config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.d_model)
+        self._initialise()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        states: Sequence[Any] | None = None,
+        return_states: bool = False,
+        key_padding_mask: Tensor | None = None,
+    ) -> Any:
+        """Predict the symbol after each one.
+
+        Args:
+            tokens: int64 [B, T].
+            states: what came before, one per layer; not changed.
+            return_states: whether to return the states after these tokens as well.
+            key_padding_mask: bool [B, T], True = attend.
+
+        Returns:
+            Logits [B, T, vocab_size], or (logits, states).
+
+        Raises:
+            ArgumentError: the tokens or the states do not fit this model.
+        """
+        self._check(tokens, states)
+        x, after = self._embed(tokens), []
+        for block, state in zip(self._layers(), states or [None] * len(self.blocks), strict=True):
+            x, new = block(x, state=state, return_state=return_states, key_padding_mask=key_padding_mask)
+            after.append(new)
+        return (self._read(x), after) if return_states else self._read(x)
+
+    @torch.no_grad()
+    def decode_(self, tokens: Tensor, states: Sequence[Any], *, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, n, vocab_size] of n more tokens [B, n], appended to the states in place, without gradients."""
+        self._check(tokens, states)
+        x = self._embed(tokens)
+        for block, state in zip(self._layers(), states, strict=True):
+            x = block.decode_(x, state, key_padding_mask=key_padding_mask)
+        return self._read(x)
+
+    def new_states(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> list[Any]:
+        """The states of `batch_size` sequences before their first token, one per layer."""
+        return [block.attention.new_state(batch_size, device=device, dtype=dtype) for block in self._layers()]
+
+    def states_from_tensors(self, stored: Sequence[tuple[Mapping[str, Tensor], Mapping[str, str]]]) -> list[Any]:
+        """States of this model's kind from what their `tensors()` and `metadata()` gave, one pair per layer."""
+        expect(len(stored) == len(self.blocks), "states", f"{len(self.blocks)} of them, one per layer", len(stored))
+        kind = KeyValueCache if self.config.attention == "softmax" else State
+        return [kind.from_tensors(dict(tensors), dict(metadata)) for tensors, metadata in stored]
+
+    def _check(self, tokens: Tensor, states: Sequence[Any] | None) -> None:
+        expect(tokens.ndim == 2, "tokens", "shape [B, T]", tuple(tokens.shape))
+        expect(tokens.dtype == torch.int64, "tokens", "dtype torch.int64", tokens.dtype)
+        layers = len(self.blocks)
+        expect(
+            states is None or len(states) == layers,
+            "states",
+            f"{layers} of them, one per layer",
+            states and len(states),
+        )
+
+    def _layers(self) -> list[Block]:
+        return cast("list[Block]", list(self.blocks))  # ModuleList forgets what it holds
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self.embedding_norm(self.embedding(tokens))  # [B, T, d_model]
+
+    def _read(self, x: Tensor) -> Tensor:
+        return functional.linear(self.norm(x), self.embedding.weight)  # [B, T, vocab_size]
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Unit-variance activations in every layer; what writes to the residual stream starts smaller with depth."""
+        nn.init.normal_(self.embedding.weight, std=0.02)  # small logits; what enters the blocks is normalised
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                writes = name.endswith(("attention.output", "contract"))
+                depth = (2 * self.config.num_layers) ** -0.5 if writes else 1.0
+                nn.init.normal_(module.weight, std=depth * module.in_features**-0.5)

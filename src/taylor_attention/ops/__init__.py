@@ -1,0 +1,1 @@
+"""Computing attention: the public functional API, its specification and its implementations."""

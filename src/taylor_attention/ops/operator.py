@@ -1,0 +1,136 @@
+"""The operator as PyTorch sees it: registered, traceable by torch.compile, with its own backward.
+
+Everything whose shape or course depends on data (packed sequences, the cut into chunks) happens inside, where a tracer
+does not look. Results that are not wanted are empty tensors, since an operator returns a fixed number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.basis import feature_count
+from . import chunked, packed
+from .chunked import Inputs, Problem
+
+
+def _problem(coefficients: Sequence[float], causal: bool, chunk: int, keep: bool) -> Problem:
+    return Problem(tuple(coefficients), causal, chunk or None, keep)
+
+
+def _without_autocast(tensor: Tensor) -> torch.autocast:
+    """Accumulation keeps its dtype whatever the caller's autocast says."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+@torch.library.custom_op("taylor_attention::attend", mutates_args=())
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sums: Tensor | None,
+    compensation: Tensor | None,
+    coefficients: Sequence[float],
+    causal: bool,
+    chunk: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Numerator and normaliser [B, Hq, Tq, E] and, if kept, moments and compensation at the end [N, Hkv, E, M].
+
+    The tensors are those of `chunked.Inputs`; N is the batch, or the number of packed sequences. chunk 0: the library's.
+    """
+    inputs = Inputs(query, key, value, visible, log_decay, sums, compensation)
+    problem = _problem(coefficients, causal, chunk, keep)
+    with _without_autocast(query):
+        if cu_seqlens is None:
+            out, end, dropped = chunked.forward(inputs, problem)
+        else:
+            out, end, dropped = packed.forward(inputs, problem, cu_seqlens)
+    empty = query.new_empty(0)
+    return out, empty if end is None else end, empty.clone() if dropped is None else dropped
+
+
+@attend.register_fake
+def _(query, key, value, visible, log_decay, cu_seqlens, sums, compensation, coefficients, causal, chunk, keep):  # type: ignore[no-untyped-def]
+    out = query.new_empty(*query.shape[:3], value.shape[3] + 1)
+    if not keep:
+        return out, query.new_empty(0), query.new_empty(0)
+    sequences = key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (sequences, key.shape[1], value.shape[3] + 1, feature_count(key.shape[3], len(coefficients) - 1))
+    return out, query.new_empty(shape), query.new_empty(shape)
+
+
+@torch.library.custom_op("taylor_attention::attend_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor,
+    grad_end: Tensor | None,
+    out: Tensor,
+    end: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    sums: Tensor | None,
+    compensation: Tensor | None,
+    coefficients: Sequence[float],
+    causal: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, log_decay and sums (empty where that input is None)."""
+    inputs = Inputs(query, key, value, visible, log_decay, sums, compensation)
+    problem = _problem(coefficients, causal, chunk, end is not None)
+    with _without_autocast(query):
+        if cu_seqlens is None:
+            found = chunked.backward(inputs, problem, grad, grad_end, out, end)
+        else:
+            found = packed.backward(inputs, problem, grad, grad_end, out, end, cu_seqlens)
+    by_decay = query.new_empty(0) if found.log_decay is None else found.log_decay
+    by_sums = query.new_empty(0) if found.sums is None else found.sums
+    return found.query, found.key, found.value, by_decay, by_sums
+
+
+@attend_backward.register_fake
+def _(grad, grad_end, out, end, query, key, value, visible, log_decay, cu_seqlens, sums, *rest):  # type: ignore[no-untyped-def]
+    by_decay = query.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
+    by_sums = query.new_empty(0) if sums is None else sums.new_empty(sums.shape)
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), by_decay, by_sums
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, coefficients, causal, chunk, keep = inputs
+    ctx.save_for_backward(output[0], output[1] if keep else None, *tensors)
+    ctx.settings = (coefficients, causal, chunk)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, grad_end: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    out, end, *tensors = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(out)
+    if end is None:
+        grad_end = None
+    by_query, by_key, by_value, by_decay, by_sums = attend_backward(
+        grad, grad_end, out, end, *tensors, *ctx.settings
+    )
+    log_decay, sums = tensors[4], tensors[6]
+    return (
+        by_query,
+        by_key,
+        by_value,
+        None,
+        None if log_decay is None else by_decay,
+        None,
+        None if sums is None else by_sums,
+        *([None] * 5),
+    )
+
+
+attend.register_autograd(_backward, setup_context=_setup_context)

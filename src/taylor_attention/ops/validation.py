@@ -1,0 +1,143 @@
+"""Checks of what callers pass to attention: one clear error before anything is computed or changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from ..core.state import State
+from ..errors import expect
+
+_BACKENDS = ("auto", "torch")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes of one problem, and the dtype and device of its sums."""
+
+    sequences: int
+    query_heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    sum_dtype: torch.dtype
+    device: torch.device
+
+
+def check_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    degree: int,
+    causal: bool,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    log_decay: Tensor | None,
+    backend: str,
+    chunk_size: int | None,
+) -> Shapes:
+    """Check everything that needs no look at the data; the sizes found."""
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        _expect_tensor(name, x, 4, "[B, H, T, d]")
+        expect(x.is_floating_point(), name, "a floating-point tensor", x.dtype)
+        expect(x.dtype == query.dtype, name, f"the query's dtype {query.dtype}", x.dtype)
+        expect(x.device == query.device, name, f"the query's device {query.device}", x.device)
+        expect(x.shape[0] == query.shape[0], name, f"batch {query.shape[0]} as the query", x.shape[0])
+    batch, heads, keys, head_dim = key.shape
+    expect(head_dim >= 1, "key", "a head size >= 1", head_dim)
+    expect(query.shape[3] == head_dim, "query", f"head size {head_dim} as the key", query.shape[3])
+    expect(value.shape[1] == heads, "value", f"{heads} heads as the key", value.shape[1])
+    expect(value.shape[2] == keys, "value", f"{keys} tokens as the key", value.shape[2])
+    fits = heads >= 1 and query.shape[1] % heads == 0 and query.shape[1] >= 1
+    expect(fits, "query", f"a multiple of the {heads} key/value heads", query.shape[1])
+    expect(_is_int(degree) and degree >= 0, "degree", "an int >= 0", degree)
+    expect(isinstance(causal, bool), "causal", "a bool", causal)
+    expect(backend in _BACKENDS, "backend", f"one of {_BACKENDS}", backend)
+    good_chunk = chunk_size is None or (_is_int(chunk_size) and chunk_size >= 1)
+    expect(good_chunk, "chunk_size", "an int >= 1 or None", chunk_size)
+    if causal or cu_seqlens is not None:
+        expect(query.shape[2] == keys, "query", f"{keys} tokens as the key (causal or packed)", query.shape[2])
+    if key_padding_mask is not None:
+        _expect_tensor("key_padding_mask", key_padding_mask, 2, "[B, Tk]")
+        expect(key_padding_mask.dtype == torch.bool, "key_padding_mask", "dtype torch.bool", key_padding_mask.dtype)
+        _expect_shape("key_padding_mask", key_padding_mask, (batch, keys))
+    if log_decay is not None:
+        _expect_tensor("log_decay", log_decay, 3, "[B, Hkv, T]")
+        expect(causal, "log_decay", "causal attention", "causal=False")
+        expect(log_decay.is_floating_point(), "log_decay", "a floating-point tensor", log_decay.dtype)
+        _expect_shape("log_decay", log_decay, (batch, heads, keys))
+    if cu_seqlens is not None:
+        _expect_tensor("cu_seqlens", cu_seqlens, 1, "[N + 1]")
+        expect(cu_seqlens.dtype == torch.int32, "cu_seqlens", "dtype torch.int32", cu_seqlens.dtype)
+        expect(batch == 1, "cu_seqlens", "batch 1 with packed sequences", batch)
+        expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "at least one border", cu_seqlens.shape[0])
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sum_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return Shapes(
+        sequences, query.shape[1], heads, query.shape[2], keys, head_dim, value.shape[3], sum_dtype, query.device
+    )
+
+
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on q . k: the one given, or 1 / sqrt(head_dim)."""
+    if scale is None:
+        return float(head_dim**-0.5)
+    good = isinstance(scale, int | float) and not isinstance(scale, bool) and isfinite(scale)
+    expect(good, "scale", "a finite number or None", scale)
+    return float(scale)
+
+
+def check_state(
+    state: State, shapes: Shapes, degree: int, scale: float, in_place: tuple[Tensor | None, ...] = ()
+) -> None:
+    """Refuse a state of another problem; for a change in place, also gradients."""
+    expect(isinstance(state, State), "state", "a State", type(state))
+    wanted = {
+        "batch_size": shapes.sequences,
+        "kv_heads": shapes.kv_heads,
+        "head_dim": shapes.head_dim,
+        "value_dim": shapes.value_dim,
+        "degree": degree,
+        "scale": scale,
+        "dtype": shapes.sum_dtype,
+        "device": shapes.device,
+    }
+    for name, value in wanted.items():
+        found = getattr(state, name)
+        if found != value:
+            expect(False, "state", f"{name} {value}", found)
+    if in_place and torch.is_grad_enabled():
+        recorded = any(x is not None and x.requires_grad for x in (*in_place, state.sums))
+        expect(not recorded, "state", "no gradients where it is changed in place", "tensors that require gradients")
+
+
+def check_data(cu_seqlens: Tensor | None, log_decay: Tensor | None, tokens: int) -> None:
+    """Check what only the data tells; not possible while a tracer looks."""
+    if log_decay is not None:
+        expect(bool((log_decay <= 0).all()), "log_decay", "values <= 0 (logarithms of factors in [0, 1])", "others")
+    if cu_seqlens is not None:
+        borders = cu_seqlens.tolist()
+        rising = all(a <= b for a, b in zip(borders, borders[1:], strict=False))
+        good = rising and borders[0] == 0 and borders[-1] == tokens
+        expect(good, "cu_seqlens", f"non-decreasing borders from 0 to {tokens}", borders)
+
+
+def _is_int(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _expect_tensor(name: str, x: Tensor, ndim: int, layout: str) -> None:
+    if not isinstance(x, Tensor):
+        expect(False, name, f"a tensor {layout}", type(x))
+    if x.ndim != ndim:
+        expect(False, name, f"a tensor {layout}", f"shape {tuple(x.shape)}")
+
+
+def _expect_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape) != shape:
+        expect(False, name, f"shape {shape}", tuple(x.shape))

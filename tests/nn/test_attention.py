@@ -1,0 +1,263 @@
+"""The layers' law: one forward == any split with the state carried == token by token, for both twins, every option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from taylor_attention.errors import ArgumentError
+from taylor_attention.nn import SoftmaxAttention, TaylorAttention
+from taylor_attention.nn.layer import Attention
+from tolerances import TOLERANCE, relative_error
+
+B, T, D_MODEL = 2, 13, 12
+TIGHT = TOLERANCE[torch.float64]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped": {"num_kv_heads": 2},
+    "one key/value head": {"num_kv_heads": 1, "decay": "head"},
+    "narrow values": {"head_dim": 6, "value_dim": 3, "decay": "head"},
+    "wide values": {"head_dim": 4, "value_dim": 7, "decay": "token"},
+    "decay per head": {"decay": "head"},
+    "decay per token": {"decay": "token", "num_kv_heads": 2},
+    "no rope, odd width": {"rope": False, "head_dim": 3},
+    "no norm": {"qk_norm": False},
+    "bias and scale": {"bias": True, "scale": 0.3},
+}
+
+
+def build(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Attention:
+    degree = options.pop("degree", 2)
+    torch.manual_seed(1)
+    sizes = {"num_kv_heads": None, "head_dim": 4} | options
+    if kind == "taylor":
+        return TaylorAttention(D_MODEL, 4, degree=degree, **sizes).to(dtype)
+    return SoftmaxAttention(D_MODEL, 4, **sizes).to(dtype)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.fixture(params=["taylor", "softmax"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=OPTIONS)
+def layer(kind: str, request: pytest.FixtureRequest) -> Attention:
+    return build(kind, **OPTIONS[request.param])
+
+
+@pytest.mark.parametrize("cuts", [[1], [12], [5, 6], list(range(1, T))])
+def test_any_split_is_one_forward(layer: Attention, cuts: list[int]):
+    x = random(B, T, D_MODEL)
+    expected = layer(x)
+    state, parts = None, []
+    for part in x.tensor_split(cuts, dim=1):
+        y, state = layer(part, state=state, return_state=True)
+        parts.append(y)
+    assert relative_error(torch.cat(parts, dim=1), expected) < TIGHT
+    assert state.tokens.tolist() == [T, T]
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [5, 6], list(range(1, T))])
+def test_decoding_is_one_forward(layer: Attention, cuts: list[int]):
+    x = random(B, T, D_MODEL)
+    state = layer.new_state(B)
+    y = torch.cat([layer.decode_(part, state) for part in x.tensor_split(cuts, dim=1)], dim=1)
+    assert not y.requires_grad
+    assert relative_error(y, layer(x)) < TIGHT
+    assert state.tokens.tolist() == [T, T]
+
+
+def test_decoding_goes_on_from_a_prefill_and_forward_from_decoding(layer: Attention):
+    x = random(B, T, D_MODEL)
+    with torch.no_grad():
+        first, state = layer(x[:, :6], return_state=True)
+    second = layer.decode_(x[:, 6:7], state)
+    third = layer(x[:, 7:], state=state)
+    assert relative_error(torch.cat([first, second, third], dim=1), layer(x)) < TIGHT
+
+
+def test_forward_leaves_the_given_state_as_it_was(layer: Attention):
+    x = random(B, T, D_MODEL)
+    state = layer.new_state(B)
+    layer.decode_(x, state)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    layer(x, state=state, return_state=True)
+    after = state.tensors()
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(layer: Attention, side: str):
+    """Sequences of 5 and 9 tokens, padded with NaN-free rubbish to 9, then continued together."""
+    short, long, more = random(1, 5, D_MODEL), random(1, 9, D_MODEL), random(2, 3, D_MODEL)
+    rubbish = 50 * random(1, 4, D_MODEL)
+    padded = torch.cat([rubbish, short] if side == "left" else [short, rubbish], dim=1)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    real = slice(4, 9) if side == "left" else slice(0, 5)
+    mask[0] = False
+    mask[0, real] = True
+
+    y, state = layer(torch.cat([padded, long]), return_state=True, key_padding_mask=mask)
+    assert state.tokens.tolist() == [5, 9]
+    after = layer(more, state=state)
+    for row, alone, seen in ((0, short, y[:1, real]), (1, long, y[1:])):
+        expected, own = layer(alone, return_state=True)
+        assert relative_error(seen, expected) < TIGHT
+        assert relative_error(after[row : row + 1], layer(more[row : row + 1], state=own)) < TIGHT
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_in_decode_changes_nothing(layer: Attention, side: str):
+    x, more = random(B, 4, D_MODEL), random(B, 1, D_MODEL)
+    mask = torch.tensor([[True] * 4, [False, True, True, True] if side == "left" else [True, True, True, False]])
+    state = layer.new_state(B)
+    layer.decode_(x, state, key_padding_mask=mask)
+    y = layer.decode_(more, state)
+    expected = layer(torch.cat([x[1:][:, mask[1]], more[1:]], dim=1))[:, -1:]
+    assert relative_error(y[1:], expected) < TIGHT
+
+
+def test_a_query_without_visible_keys_gets_zeros(kind: str):
+    layer = build(kind, decay="head")
+    mask = torch.tensor([[False, False, True, True]])
+    y = layer(random(1, 4, D_MODEL), key_padding_mask=mask)
+    assert torch.equal(y[:, :2], torch.zeros_like(y[:, :2]))
+    assert bool((y[:, 2:] != 0).all())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_long_series_is_softmax(options: dict[str, Any]):
+    """With the same weights the twins agree to the series' error: nothing else differs, decay and rope included."""
+    x = random(B, T, D_MODEL)
+    taylor, softmax = build("taylor", degree=10, **options), build("softmax", **options)
+    softmax.load_state_dict(taylor.state_dict())
+    for layer in (taylor, softmax):
+        layer.scale = 0.2 * layer.head_dim**-0.5  # |s| <= 0.4 with the norm: 0.4^11 / 11! = 1e-12
+    tolerance = 1e-11 if options.get("qk_norm", True) else 1e-6
+    assert relative_error(taylor(x), softmax(x)) < tolerance
+    coarse = build("taylor", degree=1, **options)
+    coarse.scale = taylor.scale
+    assert relative_error(coarse(x), softmax(x)) > 1e-5  # so the agreement above is no accident of tiny scores
+
+
+def test_bidirectional_layers_see_everything(kind: str):
+    layer = build(kind, causal=False, num_kv_heads=2)
+    x = random(B, T, D_MODEL)
+    backwards = build(kind, causal=False, num_kv_heads=2, rope=False)
+    assert relative_error(backwards(x.flip(1)), backwards(x).flip(1)) < TIGHT  # order does not matter without rope
+    assert not torch.allclose(layer(x)[:, 0], layer(x[:, :1])[:, 0])
+    with pytest.raises(ArgumentError, match="decode_: expected a causal layer"):
+        layer.decode_(x, layer.new_state(B))
+
+
+def test_every_parameter_gets_a_gradient(layer: Attention):
+    y, state = layer(random(B, T, D_MODEL), return_state=True)
+    (y.square().sum() + layer(random(B, 3, D_MODEL), state=state).square().sum()).backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.isfinite().all()), name
+        assert bool((parameter.grad != 0).any()), name
+
+
+def test_gradients_flow_through_the_state(layer: Attention):
+    x = random(B, T, D_MODEL).requires_grad_()
+    (expected,) = torch.autograd.grad(layer(x)[:, 6:].square().sum(), x)
+    _, state = layer(x[:, :6], return_state=True)
+    (got,) = torch.autograd.grad(layer(x[:, 6:], state=state).square().sum(), x)
+    assert relative_error(got, expected) < 10 * TIGHT
+
+
+def test_gradients_are_right(layer: Attention):
+    x = random(1, 4, D_MODEL).requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_first_scores_are_modest(kind: str):
+    """A truncated series is good where scores are of order 1: that is where both twins start."""
+    torch.manual_seed(0)
+    layer = TaylorAttention(128, 8) if kind == "taylor" else SoftmaxAttention(128, 8)
+    heads = layer._project(torch.randn(1, 64, 128), None, None)
+    scores = heads.query @ heads.key.mT * layer.scale
+    assert 0.5 < scores.std().item() < 1.5
+    assert scores.abs().max().item() <= 4.001  # sqrt(head_dim): a cosine at temperature 1
+
+
+@pytest.mark.parametrize("decay", [None, "head", "token"])
+def test_compiles_whole_and_trains_the_same(kind: str, decay: str | None):
+    layer = build(kind, torch.float32, decay=decay, num_kv_heads=2)
+    x = torch.randn(B, T, D_MODEL)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected, got = [], []
+    for function, gradients in ((layer, expected), (compiled, got)):
+        layer.zero_grad()
+        function(x).square().sum().backward()
+        gradients += [parameter.grad.clone() for parameter in layer.parameters()]
+    assert relative_error(compiled(x), layer(x)) < TOLERANCE[torch.float32]
+    for mine, theirs in zip(got, expected, strict=True):
+        assert relative_error(mine, theirs) < TOLERANCE[torch.float32]
+
+
+def test_activation_checkpointing_changes_nothing(kind: str):
+    layer = build(kind, decay="token")
+    x = random(B, T, D_MODEL).requires_grad_()
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (got,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), x)
+    assert relative_error(got, expected) < TIGHT
+
+
+def test_autocast_keeps_the_decay_exact(kind: str):
+    """Half-lives down to 16 over 600 tokens: a bias of -26 rounded to bfloat16 would be off by 0.1."""
+    layer = build(kind, torch.float32, decay="head")
+    x = torch.randn(1, 600, D_MODEL)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, layer(x)) < 2 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"d_model": 0}, "d_model: expected an int >= 1, got 0"),
+        ({"num_heads": 2.5}, "num_heads: expected an int >= 1, got 2.5"),
+        ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads = 4, got 3"),
+        ({"head_dim": 3}, "head_dim: expected an even size, as rope rotates pairs, got 3"),
+        ({"d_model": 10}, "head_dim: expected a size, as num_heads = 4 does not divide d_model = 10, got None"),
+        ({"value_dim": -1}, "value_dim: expected an int >= 1, got -1"),
+        ({"decay": "heads"}, "decay: expected None, 'head' or 'token', got 'heads'"),
+        ({"scale": -1.0}, "scale: expected a number > 0, got -1.0"),
+        ({"degree": 1.5}, "degree: expected an int >= 0, got 1.5"),
+    ],
+)
+def test_misuse_is_named(change: dict[str, Any], message: str):
+    arguments: dict[str, Any] = {"d_model": 16, "num_heads": 4} | change
+    with pytest.raises(ArgumentError) as caught:
+        TaylorAttention(**arguments)
+    assert str(caught.value) == message
+
+
+def test_misused_calls_are_named(kind: str):
+    layer = build(kind)
+    other = build("softmax" if kind == "taylor" else "taylor")
+    x = random(B, T, D_MODEL)
+    with pytest.raises(ArgumentError, match=r"x: expected shape \[B, T, 12\], got \(2, 13\)"):
+        layer(x[..., 0])
+    with pytest.raises(ArgumentError, match="state: expected a .* from new_state, got"):
+        layer(x, state=other.new_state(B))
+    with pytest.raises(ArgumentError, match="state: expected a state"):
+        layer.decode_(x, None)
+    with pytest.raises(ArgumentError, match=r"= \(2, 4, 4, 4\), got \(3, 4, 4, 4\)"):
+        layer(x, state=layer.new_state(3))
+    with pytest.raises(ArgumentError, match=r"key_padding_mask: expected torch.bool \[2, 13\], as x"):
+        layer(x, key_padding_mask=torch.ones(B, T))

@@ -1,0 +1,155 @@
+"""The language model: its law over splits, its twins' sameness, its configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from taylor_attention.errors import ArgumentError
+from taylor_attention.nn import LanguageModel, ModelConfig
+from tolerances import TOLERANCE, relative_error
+
+SMALL: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+
+
+def build(attention: str, **options: Any) -> LanguageModel:
+    torch.manual_seed(3)
+    return LanguageModel(ModelConfig(attention=attention, **SMALL | options)).double()
+
+
+def text(batch: int, length: int) -> Tensor:
+    return torch.randint(256, (batch, length))
+
+
+@pytest.fixture(params=["taylor", "softmax"])
+def attention(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [7, 8], list(range(1, 11))])
+@pytest.mark.parametrize("decay", [None, "head", "token"])
+def test_any_split_is_one_forward(attention: str, decay: str | None, cuts: list[int]):
+    model, tokens = build(attention, decay=decay), text(2, 11)
+    expected = model(tokens)
+    states, parts = None, []
+    for part in tokens.tensor_split(cuts, dim=1):
+        logits, states = model(part, states=states, return_states=True)
+        parts.append(logits)
+    assert relative_error(torch.cat(parts, dim=1), expected) < TOLERANCE[torch.float64]
+
+    states = model.new_states(2)
+    decoded = torch.cat([model.decode_(part, states) for part in tokens.tensor_split(cuts, dim=1)], dim=1)
+    assert not decoded.requires_grad
+    assert relative_error(decoded, expected) < TOLERANCE[torch.float64]
+    assert [state.tokens.tolist() for state in states] == [[11, 11]] * 2
+
+
+def test_left_padding_changes_nothing(attention: str):
+    model, tokens = build(attention), text(1, 6)
+    padded = torch.cat([text(1, 3), tokens], dim=1)
+    mask = torch.tensor([[False] * 3 + [True] * 6])
+    logits, states = model(padded, return_states=True, key_padding_mask=mask)
+    assert relative_error(logits[:, 3:], model(tokens)) < TOLERANCE[torch.float64]
+    following = text(1, 1)
+    expected = model(torch.cat([tokens, following], dim=1))[:, -1:]
+    assert relative_error(model.decode_(following, states), expected) < TOLERANCE[torch.float64]
+
+
+def test_states_go_through_their_tensors(attention: str):
+    model, tokens = build(attention), text(2, 9)
+    states = model.new_states(2)
+    model.decode_(tokens, states)
+    stored = [
+        ({name: tensor.clone() for name, tensor in state.tensors().items()}, state.metadata()) for state in states
+    ]
+    back = model.states_from_tensors(stored)
+    following = text(2, 1)
+    assert torch.equal(model.decode_(following, back), model.decode_(following, states))
+
+
+def test_twins_differ_in_nothing_but_the_mixing():
+    taylor, softmax = build("taylor"), build("softmax")
+    ours, theirs = taylor.state_dict(), softmax.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert torch.equal(weight, theirs[name]), name
+    for model in (taylor, softmax):
+        for block in model.blocks:
+            block.attention.scale = 0.05
+    long = build("taylor", degree=8)
+    for block in long.blocks:
+        block.attention.scale = 0.05
+    tokens = text(2, 11)
+    assert relative_error(long(tokens), softmax(tokens)) < 1e-10
+    assert relative_error(taylor(tokens), softmax(tokens)) > 1e-7
+
+
+def test_memory_is_flat_for_taylor_and_grows_for_softmax():
+    sizes = {}
+    for attention in ("taylor", "softmax"):
+        model = build(attention)
+        states = model.new_states(1)
+        before = sum(state.nbytes for state in states)
+        model.decode_(text(1, 300), states)
+        sizes[attention] = before, sum(state.nbytes for state in states)
+    assert sizes["taylor"][0] == sizes["taylor"][1]
+    assert sizes["softmax"][1] > 4 * sizes["softmax"][0]
+
+
+def test_every_parameter_gets_a_gradient(attention: str):
+    model, tokens = build(attention, decay="token"), text(2, 12)
+    functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool((parameter.grad != 0).any()), name
+
+
+def test_starts_knowing_nothing(attention: str):
+    """The first loss is that of a guess (log 256), within what random logits of unit variance add (1/2)."""
+    torch.manual_seed(0)
+    model, tokens = LanguageModel(ModelConfig(num_layers=2, attention=attention)), text(4, 65)
+    loss = functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert math.log(256) - 0.1 < loss < math.log(256) + 0.7
+
+
+def test_compiles_whole(attention: str):
+    model, tokens = build(attention), text(2, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(tokens), model(tokens)) < TOLERANCE[torch.float64]
+
+
+def test_configuration_goes_through_a_dictionary():
+    config = ModelConfig(attention="softmax", num_kv_heads=4, decay=None, value_dim=8)
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"depth": 3}, r"model configuration: expected names among .*, got \['depth'\]"),
+        ({"num_layers": 0}, "num_layers: expected an int >= 1, got 0"),
+        ({"attention": "linear"}, "attention: expected 'taylor' or 'softmax', got 'linear'"),
+        ({"num_kv_heads": 5}, "num_kv_heads: expected a divisor of num_heads = 8, got 5"),
+        ({"degree": -2}, "degree: expected an int >= 0, got -2"),
+        ({"decay": "yes"}, "decay: expected None, 'head' or 'token', got 'yes'"),
+        ({"mlp_ratio": 0}, "mlp_ratio: expected a number > 0, got 0"),
+    ],
+)
+def test_a_bad_configuration_is_named(values: dict[str, Any], message: str):
+    with pytest.raises(ArgumentError, match=message):
+        ModelConfig.from_dict(values)
+
+
+def test_misused_calls_are_named(attention: str):
+    model = build(attention)
+    with pytest.raises(ArgumentError, match=r"tokens: expected shape \[B, T\], got \(3,\)"):
+        model(text(1, 3)[0])
+    with pytest.raises(ArgumentError, match=r"tokens: expected dtype torch.int64, got torch.uint8"):
+        model(text(1, 3).to(torch.uint8))
+    with pytest.raises(ArgumentError, match="states: expected 2 of them, one per layer, got 1"):
+        model.decode_(text(1, 3), model.new_states(1)[:1])
