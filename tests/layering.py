@@ -18,6 +18,7 @@ LOADED_AT_ONCE = {"errors", "core", "ops", "nn", "__init__"}
 # Which layers may use which dependency. What stands in no row here, and is not the standard library, is a violation.
 DEPENDENCIES = {
     "torch": set(RANK),
+    "typing_extensions": set(RANK),  # PyTorch's own dependency; for annotations
     "numpy": {"core", "ops", "lm", "hf", "bench"},
     "safetensors": {"core", "hf"},
     "numba": {"ops"},

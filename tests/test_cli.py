@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from taylor_attention.cli.app import app
 from taylor_attention.cli.console import size
 from taylor_attention.core.cost import plan
+from taylor_attention.core.state import State
 from taylor_attention.core.storage import read_tensors
 from taylor_attention.lm.checkpoint import load_checkpoint, save_checkpoint
 from taylor_attention.lm.session import Session
@@ -95,6 +96,7 @@ MISUSE = {
     "generate: no such file": ("--file", "generate", "--file", "{folder}/none", "--model", "{folder}/taylor"),
     "generate: two prompts": ("--file", "generate", "hi", "--file", "{folder}/text.txt", "--model", "{folder}/taylor"),
     "generate: no such model": ("--model: expected a checkpoint", "generate", "hi", "--model", "{folder}/none"),
+    "generate: a name of two lines": ("--model: expected", "generate", "hi", "--model", "{folder}/two\nlines"),
     "generate: no checkpoint": ("{folder}/noise: ", "generate", "hi", "--model", "{folder}/noise"),
     "generate: tokens": ("--tokens", "generate", "hi", "--model", "{folder}/taylor", "-n", "-1"),
     "generate: temperature": (
@@ -180,7 +182,15 @@ def test_plan_prints_what_the_library_computes():
 
 def test_plan_as_json_is_the_librarys_plan():
     made = plan(heads=32, kv_heads=8, head_dim=64, degree=2, layers=24, context=10**6)
-    assert json.loads(ok(*PLAN, "--json").stdout) == {**made.to_dict(), "negative_intervals": []}
+    states = [State.zeros(1, 8, 64, 64, 2) for _ in range(24)]
+    expected = {"allocated_bytes": sum(state.nbytes for state in states), "negative_intervals": []}
+    assert json.loads(ok(*PLAN, "--json").stdout) == {**made.to_dict(), **expected}
+
+
+def test_plan_of_a_dtype_that_states_do_not_have_still_counts():
+    found = json.loads(ok(*PLAN, "--dtype", "bfloat16", "--json").stdout)
+    assert found["allocated_bytes"] is None
+    assert found["state_bytes"] == 2 * found["state_elements"]
 
 
 def test_plan_says_where_an_odd_degree_fails():
@@ -213,11 +223,18 @@ def test_generate_streams_what_a_session_writes(checkpoint: Path):
 
 
 @pytest.mark.parametrize("source", [["--file", "-"], ["-"], ["--file"]])
-def test_prompts_from_stdin_and_file_are_the_same(folder: Path, source: list[str]):
+def test_prompts_from_stdin_and_file_are_the_same(folder: Path, tmp_path: Path, source: list[str]):
     prompt = (folder / "text.txt").read_bytes()
     arguments = source if source != ["--file"] else ["--file", str(folder / "text.txt")]
-    result = ok("generate", *arguments, "-n", 9, "--seed", 3, "--model", folder / "taylor", stdin=prompt)
-    assert result.stdout == expected_text(folder / "taylor", prompt, 9, temperature=0.8)
+    options = "--seed", 3, "--model", folder / "taylor", "--session", tmp_path / "s"
+    ok("generate", *arguments, "-n", 9, *options, stdin=prompt)
+    model = load_checkpoint(folder / "taylor")[0]
+    expected, found = Session(model, seed=3), Session.load(tmp_path / "s", model)
+    expected.read(prompt)
+    list(expected.stream(9, temperature=0.8))
+    assert found.tokens == expected.tokens
+    assert found.logits is not None and expected.logits is not None
+    assert torch.equal(found.logits, expected.logits)
 
 
 def test_generate_as_json(folder: Path):
@@ -246,6 +263,16 @@ def test_a_prompt_for_a_session_is_appended(folder: Path, tmp_path: Path):
     arguments = "generate", "-n", 4, "--model", folder / "taylor", "--session", tmp_path / "s", "--json"
     ok(*arguments, "one")
     assert json.loads(ok(*arguments, "three").stdout)["context"] == 3 + 4 + 5 + 4
+
+
+def test_a_character_cut_by_a_stop_is_shown_whole_by_the_next_run(folder: Path, tmp_path: Path, monkeypatch):
+    arguments = "generate", "-n", 1, "--model", folder / "taylor", "--session", tmp_path / "s"
+    ok(*arguments, "hi")
+    shown = []
+    for byte in "€a".encode():
+        monkeypatch.setattr(Session, "step", lambda session, byte=byte, **_: byte)
+        shown.append(ok(*arguments).stdout)
+    assert shown == ["", "", "€", "a"]
 
 
 def test_a_character_cut_at_the_end_is_shown_as_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -334,6 +361,8 @@ def test_ctrl_c_while_training_saves_and_resume_goes_on_as_if_never_stopped(fold
     last = complaints.splitlines()[-1]
     assert last.startswith(b"stopped; ") and b"--resume" in last
     assert b"Traceback" not in complaints
+    _, metadata = read_tensors(tmp_path / "parted" / "training.safetensors", kind="training")
+    assert 1 <= int(metadata["step"]) < 400
     ok("train", "--resume", "--out", tmp_path / "parted")
     ok("train", folder / "text.txt", "--out", tmp_path / "whole", *long)
     parted, whole = weights(tmp_path / "parted"), weights(tmp_path / "whole")

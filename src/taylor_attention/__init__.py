@@ -1,13 +1,14 @@
 """Softmax attention at constant cost per token, by Taylor expansion in the minimal symmetric monomial basis.
 
-The functional API is `attention` and `decode_`, the fixed-size memory of a sequence is `State`, and `TaylorAttention` is
-a layer. Series and costs: `error_bound`, `degree_for`, `state_size`, `flops_per_token`, `break_even_context`.
+The functional API is `attention` and `decode_`, the fixed-size memory of a sequence is `State`, and `TaylorAttention`
+is a layer. Series and costs: `error_bound`, `degree_for`, `state_size`, `flops_per_token`, `break_even_context`.
 """
 
 from .core import series
 from .core.cost import break_even_context, flops_per_token, state_size
 from .core.series import Series, degree_for, error_bound
 from .core.state import State
+from .nn.attention import TaylorAttention
 from .ops.attention import attention, decode_
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Series",
     "State",
+    "TaylorAttention",
     "attention",
     "break_even_context",
     "decode_",

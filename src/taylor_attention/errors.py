@@ -42,6 +42,4 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise MissingDependencyError(
-            f"{purpose} needs {package}: pip install 'taylor-attention[{extra}]'"
-        ) from error
+        raise MissingDependencyError(f"{purpose} needs {package}: pip install 'taylor-attention[{extra}]'") from error

@@ -61,7 +61,8 @@ def test_the_split_holds_whole_documents_out(folder: Path):
     ours, theirs = set(training.split(SEPARATOR)), set(validation.split(SEPARATOR))
     assert ours | theirs == texts
     assert not ours & theirs
-    assert 4 <= len(theirs) <= 16  # 10 expected of 40
+    # Pinned: another choice would let weights trained before be validated on what they have seen.
+    assert theirs == {f"text of {index:02}.txt ".encode() * 20 for index in (5, 11, 12, 25, 26, 31, 35)}
 
 
 def test_a_document_stays_on_its_side_when_others_come_and_go(folder: Path):

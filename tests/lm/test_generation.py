@@ -8,6 +8,7 @@ from torch import Tensor
 
 from taylor_attention.errors import ArgumentError
 from taylor_attention.lm.generation import distribution, prefill, sample, stream
+from taylor_attention.lm.threads import thread_count
 from taylor_attention.nn import LanguageModel, ModelConfig
 
 LOGITS = torch.tensor([[1.0, 3.0, 2.0, 3.0, -1.0]])
@@ -34,7 +35,7 @@ def test_temperature_divides_the_logits():
     torch.testing.assert_close(distribution(LOGITS, temperature=0.5), (2 * LOGITS).softmax(-1))
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-6])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-30, 1e-6])
 def test_a_tiny_temperature_does_not_overflow(temperature: float):
     weights = distribution(LOGITS.double(), temperature=temperature)
     torch.testing.assert_close(weights, torch.tensor([[0, 0.5, 0, 0.5, 0]]).double())
@@ -176,3 +177,15 @@ def test_stream_of_a_batch_draws_for_every_sequence(model: LanguageModel):
     )
     assert drawn.shape == (3, 5)
     assert states[-1].tokens.tolist() == [9, 9, 9]
+
+
+def test_threads_are_put_back_even_after_an_error():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), thread_count(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    with thread_count(None):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before
+    with pytest.raises(ArgumentError, match=r"^threads: expected"), thread_count(0):
+        pass

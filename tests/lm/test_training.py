@@ -17,7 +17,7 @@ from taylor_attention.core.storage import read_tensors, write_tensors
 from taylor_attention.errors import ArgumentError, StorageError
 from taylor_attention.lm.checkpoint import load_checkpoint
 from taylor_attention.lm.settings import learning_rate
-from taylor_attention.lm.training import Progress, TrainingConfig, TrainingDivergedError, evaluate, train
+from taylor_attention.lm.training import Progress, TrainingConfig, TrainingDivergedError, evaluate, saved_config, train
 from taylor_attention.nn import LanguageModel, ModelConfig
 
 TEXT = b"the quick brown fox jumps over the lazy dog, again and again. " * 40
@@ -113,6 +113,27 @@ def test_a_resumed_run_is_the_run_that_never_stopped(config: TrainingConfig, tmp
     assert summary["validation"] == finished["validation"]
 
 
+def test_an_interrupted_run_is_saved_at_that_step(config: TrainingConfig, tmp_path: Path):
+    def interrupt(progress: Progress) -> None:
+        if progress.step == 7:
+            raise KeyboardInterrupt
+
+    train(change(config, out=str(tmp_path / "whole")))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, progress=interrupt)
+    seen: list[int] = []
+    train(saved_config(config.out), resume=True, progress=lambda progress: seen.append(progress.step))
+    assert seen == [8, 9, 10, 11, 12]
+    assert rows(config.out) == rows(tmp_path / "whole")
+
+
+def test_the_settings_of_a_run_can_be_read_back(config: TrainingConfig):
+    with pytest.raises(ArgumentError, match="resume: expected a folder that holds a run"):
+        saved_config(config.out)
+    train(change(config, steps=1))
+    assert saved_config(config.out) == change(config, steps=1)
+
+
 def test_resuming_a_finished_run_changes_nothing(config: TrainingConfig):
     first = train(config)
     before = weights(config.out)
@@ -125,10 +146,16 @@ def test_resuming_a_finished_run_changes_nothing(config: TrainingConfig):
 
 def test_the_seed_decides(config: TrainingConfig, tmp_path: Path):
     train(config)
+    torch.manual_seed(999)  # the global generator does not
     train(change(config, out=str(tmp_path / "same")))
     train(change(config, out=str(tmp_path / "other"), seed=1))
     assert rows(config.out) == rows(tmp_path / "same")
     assert rows(config.out) != rows(tmp_path / "other")
+
+
+def test_every_step_sees_another_batch(config: TrainingConfig):
+    train(change(config, steps=5, learning_rate=1e-12))  # so only the batches differ
+    assert len({row["train_loss"] for row in rows(config.out)}) == 5
 
 
 def test_training_leaves_the_process_as_it_was(config: TrainingConfig):

@@ -117,6 +117,14 @@ def test_starts_knowing_nothing(attention: str):
     assert math.log(256) - 0.1 < loss < math.log(256) + 0.7
 
 
+@pytest.mark.parametrize("layers", [1, 8])
+def test_the_residual_stream_starts_calm(attention: str, layers: int):
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(num_layers=layers, attention=attention))
+    model._read = lambda x: x  # the stream itself
+    assert 0.9 < model(text(2, 64)).std().item() < 1.6  # unit variance, and at most about as much from all blocks
+
+
 def test_compiles_whole(attention: str):
     model, tokens = build(attention), text(2, 9)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

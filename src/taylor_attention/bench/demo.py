@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..core.storage import replacing
 from ..errors import TaylorAttentionError, expect, require
+from ..lm import threads
 from ..lm.generation import BLOCK
 from ..nn import LanguageModel
 
@@ -120,7 +121,13 @@ class Reader:
 
 
 def measure(
-    models: Mapping[str, LanguageModel], text: bytes, *, pauses: Sequence[int], steps: int, notify: Notify
+    models: Mapping[str, LanguageModel],
+    text: bytes,
+    *,
+    pauses: Sequence[int],
+    steps: int,
+    notify: Notify,
+    thread_count: int | None = 1,
 ) -> Iterable[list[Measurement]]:
     """Read the text with every model and yield, at each pause, what a token costs each of them.
 
@@ -130,6 +137,7 @@ def measure(
         pauses: contexts, increasing, at least `steps` apart.
         steps: decode steps measured at each pause.
         notify: called with a model's name and position as it reads.
+        thread_count: PyTorch's threads during the decode steps; reading uses all.
 
     Raises:
         DisagreementError: a model's decode steps and its prefill do not give the same logits.
@@ -141,17 +149,18 @@ def measure(
     for pause in pauses:
         for name, reader in readers.items():
             reader.read(pause, lambda position, name=name: notify(name, position))  # type: ignore[misc]
-        yield _pause(readers, pause, steps)
+        yield _pause(readers, pause, steps, thread_count)
 
 
-def _pause(readers: Mapping[str, Reader], context: int, steps: int) -> list[Measurement]:
+def _pause(readers: Mapping[str, Reader], context: int, steps: int, thread_count: int | None) -> list[Measurement]:
     """Measure the models by turns, so that whatever else the machine does meets them alike."""
     losses = {name: reader.take_loss() for name, reader in readers.items()}
     expected = {name: reader.ahead(steps) for name, reader in readers.items()}
     done: dict[str, list[tuple[float, Tensor]]] = {name: [] for name in readers}
-    for turn in range(0, steps, TURN):
-        for name, reader in readers.items():
-            done[name] += [reader.step() for _ in range(min(TURN, steps - turn))]
+    with threads.thread_count(thread_count):
+        for turn in range(0, steps, TURN):
+            for name, reader in readers.items():
+                done[name] += [reader.step() for _ in range(min(TURN, steps - turn))]
     found = []
     for name, reader in readers.items():
         difference = _difference(torch.stack([logits for _, logits in done[name]]), expected[name])
@@ -189,9 +198,12 @@ def resident_bytes() -> int | None:
 
 
 def growth(rows: Sequence[Measurement], model: str) -> float:
-    """How many times more a token costs this model at the longest context than at the shortest."""
+    """How many times more a token costs this model at the longest context than at short ones.
+
+    Short is the median of the three shortest contexts: the first one alone also pays for warming up.
+    """
     own = [row.ms_per_token for row in rows if row.model == model]
-    return own[-1] / own[0]
+    return own[-1] / statistics.median(own[:3])
 
 
 def write_rows(path: Path, rows: Sequence[Measurement]) -> None:

@@ -60,10 +60,10 @@ def progress_bar(*extra: str) -> Progress:
 
 
 def table(title: str, *columns: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
+    """A table whose first column is text, folded where it is long, and whose others are numbers."""
     made = Table(title=title, title_justify="left", title_style="bold")
     for position, name in enumerate(columns):
-        made.add_column(name, justify="right" if position else "left", no_wrap=True)
+        made.add_column(name, justify="right" if position else "left", no_wrap=position > 0, overflow="fold")
     return made
 
 

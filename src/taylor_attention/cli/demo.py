@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from rich.text import Text
 from ..bench import demo as bench
 from ..core.storage import write_text
 from ..errors import MissingDependencyError, expect
-from ..lm.data import load_text
+from ..lm.data import CORPORA, load_split, load_text
 from ..lm.session import Session
+from ..lm.threads import thread_count
 from ..nn import LanguageModel
 from .console import emit_json, err, json_option, load, out, progress_bar, size, table
 
@@ -28,15 +28,18 @@ QUICK_TOKENS = 6_000
 LABELS = {"taylor": "Taylor, fixed state", "softmax": "softmax, key/value cache"}
 
 
-@click.command()
+@click.command(short_help="Watch the cost of a token as the context grows.")
 @click.option(
     "--tokens", type=click.IntRange(min=256), default=50_000, show_default=True, help="Bytes of text to read."
 )
-@click.option("--text", default="stdlib", show_default=True, help="A file, a folder or a named corpus.")
+@click.option(
+    "--text", default="stdlib", show_default=True, help="A file, a folder, or a named corpus (its held-out part)."
+)
 @click.option("--taylor", default="taylor", help="Another Taylor checkpoint.")
 @click.option("--softmax", default="softmax", help="Another softmax checkpoint.")
 @click.option("--out", "folder", type=click.Path(file_okay=False), default="runs/demo", show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=64, show_default=True, help="Decode steps per context.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of the decode steps.")
 @click.option("--continuation", type=click.IntRange(min=1), default=400, show_default=True, help="Bytes to write.")
 @click.option("--quick", is_flag=True, help=f"Only {QUICK_TOKENS:,} bytes of text.")
 @json_option
@@ -47,6 +50,7 @@ def demo(
     softmax: str,
     folder: str,
     steps: int,
+    threads: int,
     continuation: int,
     quick: bool,
     as_json: bool,
@@ -58,17 +62,17 @@ def demo(
     tokens = min(tokens, QUICK_TOKENS) if quick else tokens
     pauses = bench.contexts(tokens, steps)
     models = {"taylor": _twin("taylor", taylor), "softmax": _twin("softmax", softmax)}
-    content = load_text([text])
+    content = load_split([text])[1] if text in CORPORA else load_text([text])
     expect(len(content) >= tokens, "--tokens", f"at most the {len(content):,} bytes of {text}", f"{tokens:,}")
     target = Path(folder)
     _make(target)
-    rows = _watch(models, content[:tokens], pauses, steps)
-    written = _continue(models["taylor"], content[:tokens], continuation)
+    rows = _watch(models, content[:tokens], pauses, steps, threads)
+    written = _continue(models["taylor"], content[:tokens], continuation, threads)
     figure = _files(target, rows, written)
     if as_json:
         return emit_json(_summary(rows, written, text, tokens, target))
     console = out()
-    console.print(_table(rows, "Cost of one token against context (medians of measured decode steps)"))
+    console.print(_table(rows, f"Cost of one token (medians of {steps} decode steps, threads: {threads})"))
     console.print(_verdict(rows))
     console.rule("the Taylor model goes on from there")
     console.print(written, markup=False)
@@ -90,7 +94,9 @@ def _make(folder: Path) -> None:
         raise click.UsageError(f"--out: expected a folder that can be made, got {folder} ({error.strerror})") from error
 
 
-def _watch(models: dict[str, LanguageModel], text: bytes, pauses: Sequence[int], steps: int) -> list[bench.Measurement]:
+def _watch(
+    models: dict[str, LanguageModel], text: bytes, pauses: Sequence[int], steps: int, threads: int
+) -> list[bench.Measurement]:
     """Measure, with a bar per model and a table that grows; a line per context where stderr is no terminal."""
     console, bar = err(), progress_bar()
     rows: list[bench.Measurement] = []
@@ -100,7 +106,12 @@ def _watch(models: dict[str, LanguageModel], text: bytes, pauses: Sequence[int],
         if console.is_terminal:
             stack.enter_context(live)
         for found in bench.measure(
-            models, text, pauses=pauses, steps=steps, notify=lambda name, at: bar.update(tasks[name], completed=at)
+            models,
+            text,
+            pauses=pauses,
+            steps=steps,
+            thread_count=threads,
+            notify=lambda name, at: bar.update(tasks[name], completed=at),
         ):
             rows += found
             live.update(_screen(rows, bar)) if console.is_terminal else _say(console, found)
@@ -135,21 +146,22 @@ def _table(rows: Sequence[bench.Measurement], title: str) -> Table:
 
 def _verdict(rows: Sequence[bench.Measurement]) -> Text:
     """What the table says, in one sentence computed from it."""
-    first, last = rows[0].context, rows[-1].context
     times = {name: bench.growth(rows, name) for name in LABELS}
     return Text(
-        f"From {first:,} to {last:,} bytes of context a token's time became {times['taylor']:.2f} times what it was "
-        f"with Taylor attention and {times['softmax']:.2f} times with softmax. (process: memory of the whole process, "
-        "both models in it; bits: loss per byte of the text since the row above, Taylor / softmax)"
+        f"At {rows[-1].context:,} bytes of context a token takes {times['taylor']:.2f} times as long as at the "
+        f"shortest contexts with Taylor attention, {times['softmax']:.2f} times with softmax.\n"
+        "state, cache: memory allocated for the context. process: of the whole process, both models in it. bits: loss "
+        "per byte of the text since the row above, Taylor / softmax."
     )
 
 
-def _continue(model: LanguageModel, text: bytes, tokens: int) -> str:
+def _continue(model: LanguageModel, text: bytes, tokens: int, threads: int) -> str:
     """What the Taylor model writes after the text."""
     session = Session(model)
     with err().status("writing a continuation"):
         session.read(text)
-        return bytes(islice(session.stream(temperature=0.7), tokens)).decode("utf-8", "replace")
+        with thread_count(threads):
+            return bytes(session.stream(tokens, temperature=0.7)).decode("utf-8", "replace")
 
 
 def _files(folder: Path, rows: Sequence[bench.Measurement], written: str) -> str:

@@ -12,7 +12,7 @@ from ..lm.data import load_split
 from .console import emit_json, err, json_option, load, out, table
 
 
-@click.command("eval")
+@click.command("eval", short_help="Validation loss of models, side by side.")
 @click.argument("text", nargs=-1)
 @click.option("--model", "models", multiple=True, help="A checkpoint or a shipped one; repeatable [both shipped ones].")
 @click.option("--windows", type=click.IntRange(min=1), help="Windows of the text to score [all].")

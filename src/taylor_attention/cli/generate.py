@@ -16,15 +16,16 @@ from typing import Any, BinaryIO
 import click
 
 from ..errors import ArgumentError
-from ..lm.generation import check_sampling
+from ..lm import generation
 from ..lm.session import Session, locked, uninterrupted
+from ..lm.threads import thread_count
 from ..nn import LanguageModel
 from .console import emit_json, err, json_option, load, progress_bar, size
 
 _READ = 1 << 16  # bytes taken from the prompt at a time: a whole number of blocks, so that pipes change nothing
 
 
-@click.command()
+@click.command(short_help="Continue a text, in constant memory; sessions resume exactly.")
 @click.argument("prompt", required=False)
 @click.option("--file", type=click.Path(exists=True, dir_okay=False, allow_dash=True), help="Prompt; - is stdin.")
 @click.option("--model", default="taylor", show_default=True, help="A checkpoint, or a shipped one: taylor, softmax.")
@@ -33,6 +34,7 @@ _READ = 1 << 16  # bytes taken from the prompt at a time: a whole number of bloc
 @click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the likeliest byte.")
 @click.option("--top-k", type=int, help="Draw from the k likeliest bytes only.")
 @click.option("--top-p", type=float, help="Draw from the likeliest bytes that together reach this probability.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="For writing.")
 @click.option("--seed", type=int, help="Start of the draws of a new text (0 if not given); kept in its session.")
 @json_option
 def generate(
@@ -44,6 +46,7 @@ def generate(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    threads: int,
     seed: int | None,
     as_json: bool,
 ) -> None:
@@ -53,7 +56,7 @@ def generate(
     Ctrl-C saves it and ends cleanly.
     """
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    check_sampling(**sampling)  # type: ignore[arg-type]
+    generation.check_sampling(**sampling)  # type: ignore[arg-type]
     if as_json and tokens == 0:
         raise click.UsageError("--json: expected a number of --tokens, got 0 (a text without end)")
     with contextlib.ExitStack() as stack:
@@ -62,7 +65,7 @@ def generate(
             stack.enter_context(locked(session))
         network = load(model)
         run = Run(_open(network, session, seed), as_json)
-        run.go(source, tokens or None, sampling)
+        run.go(source, tokens or None, threads, sampling)
         run.close(session, model)
 
 
@@ -110,12 +113,13 @@ class Run:
     interrupted: bool = False
     text: list[str] = field(default_factory=list)
 
-    def go(self, source: BinaryIO | None, tokens: int | None, sampling: dict[str, Any]) -> None:
+    def go(self, source: BinaryIO | None, tokens: int | None, threads: int, sampling: dict[str, Any]) -> None:
         """Read the prompt, then write; Ctrl-C and a reader who has gone end it between two bytes."""
         try:
             if source is not None:
                 self._read(source)
-            self._write(tokens, sampling)
+            with thread_count(threads):
+                self._write(tokens, sampling)
         except KeyboardInterrupt:
             self.interrupted = True
         except BrokenPipeError:

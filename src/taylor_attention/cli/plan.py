@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import click
+import torch
 from rich.table import Table
 
 from ..core.cost import Plan
 from ..core.cost import plan as make_plan
 from ..core.series import EXP
+from ..core.state import State
 from .console import emit_json, json_option, out, size, table
 
 
-@click.command()
+@click.command(short_help="What attention will cost: memory, FLOPs, break-even contexts.")
 @click.option("--heads", type=int, required=True, help="Query heads of a layer.")
 @click.option("--kv-heads", type=int, help="Key/value heads, a divisor of --heads [--heads].")
 @click.option("--head-dim", type=int, required=True, help="Entries of a query or key.")
@@ -29,7 +31,8 @@ def plan(as_json: bool, **asked: Any) -> None:
     """Memory, FLOPs and break-even contexts of Taylor attention beside softmax with a key/value cache."""
     made = make_plan(**asked)
     if as_json:
-        return emit_json(made.to_dict() | {"negative_intervals": EXP.negative_intervals(made.degree)})
+        derived = {"allocated_bytes": _allocated(made), "negative_intervals": EXP.negative_intervals(made.degree)}
+        return emit_json(made.to_dict() | derived)
     console = out()
     heads = f"{made.heads} heads" + (f" ({made.kv_heads} key/value)" if made.kv_heads != made.heads else "")
     shape = f"{made.layers} layers, {heads}, head dimension {made.head_dim}, values {made.value_dim}"
@@ -53,12 +56,26 @@ def _costs(made: Plan) -> Table:
     return shown
 
 
+def _allocated(made: Plan) -> int | None:
+    """Bytes that the states really take (eq. 13 counts the moments alone); None for a dtype that they cannot have."""
+    dtype = getattr(torch, made.dtype)
+    if dtype not in (torch.float32, torch.float64):
+        return None
+    sizes = made.kv_heads, made.head_dim, made.value_dim, made.degree
+    return made.layers * State.zeros(1, *sizes, dtype=dtype, device="meta", max_state_bytes=2**63).nbytes
+
+
 def _remarks(made: Plan) -> list[str]:
     """Where the state begins to win, and how far the series can be trusted."""
     lines = [
         f"Taylor takes less memory from {made.break_even_memory:,} tokens on, fewer FLOPs from "
         f"{made.break_even_flops:,} tokens on.",
     ]
+    allocated = _allocated(made)
+    if allocated is not None:
+        lines.append(
+            f"As allocated, with rounding compensation and the latest tokens, the states take {size(allocated)}."
+        )
     if made.radius is not None and made.error_bound is not None:
         lines.append(
             f"Scores within {made.radius:g} of 0: every weight is right to a relative error of {made.error_bound:.2g}."

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,8 +13,6 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
-from ..core.storage import read_tensors
-from ..errors import expect
 from ..lm import training
 from ..lm.data import CORPORA
 from ..lm.session import uninterrupted
@@ -35,7 +31,7 @@ def _setting(flag: str, field: str, help: str, **options: Any) -> Callable[[Any]
     return click.option(flag, field, default=default, show_default=default is not None, help=help, **options)
 
 
-@click.command()
+@click.command(short_help="Train a small language model on text.")
 @click.argument("text", nargs=-1, metavar="TEXT...")
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Go on from the folder's last checkpoint, with its settings.")
@@ -67,26 +63,13 @@ def train(context: click.Context, /, text: tuple[str, ...], out: str, resume: bo
     """
     if not text and not resume:
         raise click.UsageError(f"TEXT: expected files, folders or names ({', '.join(CORPORA)}), got none")
-    config = _configure(saved_settings(out) if resume else TrainingConfig(), context, text, out)
+    config = _configure(training.saved_config(out) if resume else TrainingConfig(), context, text, out)
     try:
         summary = _run(config, resume)
     except KeyboardInterrupt:
         err().print(f"stopped; {out} holds a checkpoint: go on with --resume --out {out}", markup=False, soft_wrap=True)
         sys.exit(130)
     emit_json(summary) if as_json else _show(summary, out)
-
-
-def saved_settings(folder: str) -> TrainingConfig:
-    """The settings that the run in this folder was begun with.
-
-    Raises:
-        ArgumentError: the folder holds no run.
-        StorageError: it holds a damaged one.
-    """
-    path = Path(folder) / "training.safetensors"
-    expect(path.exists(), "--resume", "a folder that holds a run", folder)
-    _, metadata = read_tensors(path, kind=training.KIND)
-    return TrainingConfig.from_dict(json.loads(metadata["settings"]))
 
 
 def _configure(base: TrainingConfig, context: click.Context, text: tuple[str, ...], out: str) -> TrainingConfig:

@@ -98,7 +98,7 @@ def index_rows(head_dim: int, degree: int) -> Tensor:
 
 @_cached_tensors
 def multiplicities(head_dim: int, degree: int) -> Tensor:
-    """Multiplicities C_p of exactly this degree, int64 [m_p], exact: p! / prod(repeats!), summing to d^p. Do not modify.
+    """Multiplicities C_p of exactly this degree, int64 [m_p]: p! / prod(repeats!), summing to d^p. Do not modify.
 
     A monomial x_i^a * rest of degree p has p/a times the multiplicity of x_i^(a-1) * rest, so no factorial is formed.
     """

@@ -8,8 +8,10 @@ With Phi the packed monomials (see `basis`) and rows u_t = [v_t, 1] of E = value
 
 `read` and `accumulate_` are adjoint, so these three are also all that the backward pass needs. Layout: tokens last,
 x [n, d, C], u [n, E, C], moments [n, E, M]: the value axis as rows is the fast orientation of these GEMMs, and a
-monomial is one contiguous run over tokens. Most monomials of the highest degree are never formed: their block with
-first index i is x_i times a suffix of the degree below, so the GEMM runs on the suffix and x_i scales its small side.
+monomial is one contiguous run over tokens. Batched GEMMs write contiguous results that are added where they belong:
+into a slice PyTorch would compute them one by one. Most monomials of the highest degree are never formed: their block
+with first index i is x_i times a suffix of the degree below, so the GEMM runs on the suffix and x_i scales its small
+side.
 """
 
 from __future__ import annotations
@@ -85,10 +87,10 @@ def accumulate_(moments: Tensor, x: Tensor, u: Tensor, degree: int) -> None:
     """Add sum_t u[:, t] Phi(x_t) to moments [n, E, M] in place, for x [n, d, C] and u [n, E, C]."""
     split, features = _split(x.shape[1], degree), _form(x, degree)
     for packed, formed in split.spans:
-        moments[:, :, packed].baddbmm_(u, features[:, formed].transpose(1, 2))
+        moments[:, :, packed] += torch.bmm(u, features[:, formed].transpose(1, 2))
     for b in split.blocks:
         scaled = u * x[:, b.index : b.index + 1]
-        moments[:, :, b.start : b.stop].baddbmm_(scaled, features[:, _suffix(b)].transpose(1, 2))
+        moments[:, :, b.start : b.stop] += torch.bmm(scaled, features[:, _suffix(b)].transpose(1, 2))
 
 
 def read(x: Tensor, moments: Tensor, degree: int) -> Tensor:
@@ -121,7 +123,7 @@ def read_slope(x: Tensor, moments: Tensor, u: Tensor, degree: int) -> tuple[Tens
         part = torch.bmm(block, features[:, _suffix(b)])
         out.addcmul_(part, x_i)
         slope[:, b.index] += (part * u).sum(1)
-        slopes[:, _suffix(b)].baddbmm_(block.transpose(1, 2), u * x_i)
+        slopes[:, _suffix(b)] += torch.bmm(block.transpose(1, 2), u * x_i)
     for b, rows in reversed(_formed_blocks(x.shape[1], degree)):
         slope[:, b.index] += (slopes[:, rows] * features[:, _suffix(b)]).sum(1)
         slopes[:, _suffix(b)].addcmul_(slopes[:, rows], x[:, b.index : b.index + 1])
@@ -131,7 +133,7 @@ def read_slope(x: Tensor, moments: Tensor, u: Tensor, degree: int) -> tuple[Tens
 
 
 def add_compensated(sums: Tensor, compensation: Tensor, increment: Tensor) -> tuple[Tensor, Tensor]:
-    """sums + compensation + increment, as new sums and new compensation: what rounding drops from sums is kept (two-sum).
+    """sums + compensation + increment, as new sums and new compensation, which keeps what rounding drops (two-sum).
 
     The error of a sum of any number of increments stays near one rounding of the result instead of growing with it,
     so that counters do not stick and slow drifts do not build up. Differentiable through the sums.
@@ -182,5 +184,3 @@ class RunningMoments:
             self.compensation.copy_(dropped)
             self._recent.zero_()
             self._pending = 0
-
-

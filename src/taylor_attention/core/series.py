@@ -18,12 +18,12 @@ from functools import lru_cache
 from itertools import pairwise
 
 from ..errors import expect
+from .roots import real_roots, root_limit, sign_at, to_integers
 
 DEGREE_LIMIT = 4096  # degree_for stops here: at head_dim 2 this is already 8 million monomials
 EXP_LIMIT = 700.0  # exp of anything within +-700 is a normal float64
 
 Interval = tuple[float, float]
-Polynomial = list[int]  # up to a positive factor, ascending powers, no zero at the end; [] is the zero polynomial
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def error_against_exp(series: Series, radius: float, degree: int) -> float:
     exact = [Fraction(c) for c in coefficients]
     slope = [p * c - below for p, (c, below) in enumerate(zip([*exact, Fraction(0)][1:], exact, strict=True), 1)]
     points = [Fraction(-radius), Fraction(radius)]
-    points += [high for low, high in _real_roots(_to_integers(slope)) if low <= radius and high >= -radius]
+    points += [high for low, high in real_roots(to_integers(slope)) if low <= radius and high >= -radius]
     return max(_error_against_exp_at(exact, point) for point in points)
 
 
@@ -281,17 +281,17 @@ def _fit(name: str, shifted: Sequence[Fraction], centre: Fraction, half: Fractio
     return Series(name, tuple(map(_to_float, poly)), error_against_exp, len(shifted) - 1)
 
 
-# ---- exact real roots ------------------------------------------------------------------------------------------------
+# ---- where a truncated series is positive ----------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=256, typed=True)
 def _negative_intervals(series: Series, degree: int) -> tuple[Interval, ...]:
-    poly = _to_integers(_exact_terms(series, degree))
+    poly = to_integers(_exact_terms(series, degree))
     if not poly:
         return ((-math.inf, math.inf),)
-    roots, limit = _real_roots(poly), _root_limit(poly)
+    roots, limit = real_roots(poly), root_limit(poly)
     edges = [(-limit, -limit), *roots, (limit, limit)]
-    positive = [_sign_at(poly, (left[1] + right[0]) / 2) > 0 for left, right in pairwise(edges)]
+    positive = [sign_at(poly, (left[1] + right[0]) / 2) > 0 for left, right in pairwise(edges)]
     start = None if positive[0] else -math.inf
     intervals = []
     for (low, high), positive_after in zip(roots, positive[1:], strict=True):
@@ -306,98 +306,6 @@ def _exact_terms(series: Series, degree: int) -> list[Fraction]:
     # Before rounding to floats: rounding alone makes even the exp of degree 90 negative somewhere.
     floats, rule = series.coefficients(degree), series.terms
     return [Fraction(rule(p)) for p in range(degree + 1)] if callable(rule) else [Fraction(c) for c in floats]
-
-
-def _real_roots(poly: Polynomial) -> list[tuple[Fraction, Fraction]]:
-    """Enclose each distinct real root, ascending, to float64's precision, by Sturm's theorem."""
-    if len(poly) < 2:
-        return []
-    chain, limit = _sturm_chain(poly), _root_limit(poly)
-    pending, roots = [(-limit, limit)], []
-    while pending:
-        low, high = pending.pop()
-        count = _sign_changes(chain, low) - _sign_changes(chain, high)  # roots in (low, high]
-        middle = (low + high) / 2
-        if count == 1:
-            roots.append(_bisect(chain[0], low, high))
-        elif count > 1:
-            pending += [(low, middle), (middle, high)]
-    return sorted(roots)
-
-
-def _bisect(poly: Polynomial, low: Fraction, high: Fraction) -> tuple[Fraction, Fraction]:
-    """Narrow (low, high], which holds exactly one root, a simple one."""
-    above = _sign_at(poly, high)
-    if above == 0:
-        return high, high
-    # low may itself be the neighbouring root: go on until it is not, so that enclosures never touch a root
-    while high - low > Fraction(1, 2**54) * max(abs(low), abs(high)) or _sign_at(poly, low) == 0:
-        middle = (low + high) / 2
-        sign = _sign_at(poly, middle)
-        if sign == 0:
-            return middle, middle
-        low, high = (low, middle) if (sign > 0) == (above > 0) else (middle, high)
-    return low, high
-
-
-def _sturm_chain(poly: Polynomial) -> list[Polynomial]:
-    """Return Sturm's chain of poly / gcd(poly, poly'), which has the same roots, all simple."""
-    chain = [poly, _differentiate(poly)]
-    while remainder := _divide(chain[-2], chain[-1])[1]:
-        chain.append(_primitive([-c for c in remainder]))
-    return chain if len(chain[-1]) == 1 else _sturm_chain(_primitive(_divide(poly, chain[-1])[0]))
-
-
-def _divide(numerator: Polynomial, divisor: Polynomial) -> tuple[Polynomial, Polynomial]:
-    """Divide a positive multiple of the numerator, so that quotient and remainder stay whole."""
-    rest, quotient = list(numerator), [0] * (len(numerator) - len(divisor) + 1)
-    size, sign = abs(divisor[-1]), 1 if divisor[-1] > 0 else -1
-    for shift in reversed(range(len(quotient))):
-        top = rest.pop() * sign
-        quotient, rest = [size * c for c in quotient], [size * c for c in rest]
-        quotient[shift] = top
-        for i, c in enumerate(divisor[:-1]):
-            rest[shift + i] -= top * c
-    return quotient, _trim(rest)
-
-
-def _sign_changes(chain: list[Polynomial], point: Fraction) -> int:
-    signs = [sign for link in chain if (sign := _sign_at(link, point)) != 0]
-    return sum((a > 0) != (b > 0) for a, b in pairwise(signs))
-
-
-def _sign_at(poly: Polynomial, point: Fraction) -> int:
-    """Return an integer with the sign of poly(point): Horner's rule times a power of the denominator."""
-    value, power = 0, 1
-    for c in reversed(poly):
-        value = value * point.numerator + c * power
-        power *= point.denominator
-    return value
-
-
-def _root_limit(poly: Polynomial) -> Fraction:
-    """Return a power of two beyond every root (Cauchy's bound); a power of two keeps bisection dyadic."""
-    return Fraction(1 << (1 + max(map(abs, poly)) // abs(poly[-1])).bit_length())
-
-
-def _to_integers(coefficients: Sequence[Fraction]) -> Polynomial:
-    scale = math.lcm(*(c.denominator for c in coefficients))
-    return _primitive([int(c * scale) for c in coefficients])
-
-
-def _primitive(poly: Polynomial) -> Polynomial:
-    content = math.gcd(*poly)
-    return _trim([c // content for c in poly]) if content else []
-
-
-def _differentiate(poly: Polynomial) -> Polynomial:
-    return [p * c for p, c in enumerate(poly)][1:]
-
-
-def _trim(poly: Polynomial) -> Polynomial:
-    while poly and poly[-1] == 0:
-        poly.pop()
-    return poly
 
 
 # ---- numbers and arguments -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -274,13 +275,16 @@ class State:
         wanted = self.dtype if dtype is None else dtype
         expect(wanted in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", wanted)
         target = self.device if device is None else torch.device(device)
-        narrow = {name: getattr(self, name).to(wide_dtype(target)) for name in ("log_decay", "tail_log_decay")}
+        narrow: dict[str, Any] = {
+            name: getattr(self, name).to(wide_dtype(target)) for name in ("log_decay", "tail_log_decay")
+        }
         moved = replace(self, **narrow)._each(lambda tensor: tensor.to(target))
-        changed = {name: getattr(moved, name).to(wanted) for name in _TENSORS if name not in _OWN_DTYPE}
+        changed: dict[str, Any] = {name: getattr(moved, name).to(wanted) for name in _TENSORS if name not in _OWN_DTYPE}
         return replace(moved, **changed)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> State:
-        return replace(self, **{name: function(getattr(self, name)) for name in _TENSORS})
+        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in _TENSORS}
+        return replace(self, **changed)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, for files that hold several states."""
@@ -300,7 +304,9 @@ class State:
         try:
             degree, tail_length = int(metadata["degree"]), int(metadata["tail_length"])
             scale = float.fromhex(metadata["scale"])
-            state = cls(**{name: tensors[name] for name in _TENSORS}, tail_length=tail_length, degree=degree, scale=scale)
+            state = cls(
+                **{name: tensors[name] for name in _TENSORS}, tail_length=tail_length, degree=degree, scale=scale
+            )
             state._check_layout()
         except (KeyError, ValueError, OverflowError, IndexError) as error:
             raise StorageError(f"state: expected the tensors and metadata of a State, got {error}") from error
@@ -325,7 +331,9 @@ class State:
         wide = wide_dtype(self.device)
         wanted = {"tokens": torch.int64, "log_decay": wide, "tail_log_decay": wide}
         for name in _TENSORS:
-            expect(getattr(self, name).dtype == wanted.get(name, self.dtype), name, "its dtype", getattr(self, name).dtype)
+            expect(
+                getattr(self, name).dtype == wanted.get(name, self.dtype), name, "its dtype", getattr(self, name).dtype
+            )
         expect(bool((self.tokens >= 0).all()), "tokens", "counts >= 0", self.tokens.tolist())
         expect(0 <= self.tail_length <= width, "tail_length", f"0..{width}", self.tail_length)
         expect(isfinite(self.scale), "scale", "a finite number", self.scale)
@@ -347,5 +355,3 @@ class State:
         """
         state = State.from_tensors(*read_tensors(path, kind=KIND))
         return state if device is None else state.to(device)
-
-

@@ -27,7 +27,7 @@ _FORMAT = "taylor-attention"
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str, metadata: Mapping[str, str]) -> None:
-    """Write tensors and text to a file, replacing it atomically: at any instant it is the old one or the new one, whole.
+    """Write tensors and text to a file, replacing it atomically: at any instant it is the old or the new one, whole.
 
     Args:
         path: the file; its folder must exist.
@@ -116,5 +116,5 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

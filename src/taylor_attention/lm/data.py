@@ -177,7 +177,7 @@ def _hold_out(documents: list[Document], fraction: float) -> tuple[list[Document
     """Split one source's documents: at least one for validation, and never all."""
     if len(documents) == 1:
         (only,) = documents
-        cut = len(only.text) - max(1, int(len(only.text) * fraction))
+        cut = len(only.text) - max(2, int(len(only.text) * fraction))
         return [Document(only.name, only.text[:cut])], [Document(only.name, only.text[cut:])]
     ranks = {document.name: _rank(document.name) for document in documents}
     below = {name for name, rank in ranks.items() if rank < fraction}

@@ -6,32 +6,31 @@ rates come from the step's number. So on one thread, a run that was stopped and 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..core.storage import read_tensors, write_tensors, write_text
+from ..core.storage import write_text
 from ..errors import StorageError, TaylorAttentionError, expect
 from ..nn.transformer import LanguageModel
-from .checkpoint import load_weights, save_checkpoint
+from .checkpoint import save_checkpoint
 from .data import load_split, sample_batch, to_tensor
 from .evaluation import Evaluation, evaluate, next_byte_loss
+from .resume import read_metadata, read_position, write_position
 from .settings import TrainingConfig, learning_rate
+from .threads import thread_count
 
-__all__ = ["Evaluation", "Progress", "TrainingConfig", "TrainingDivergedError", "evaluate", "train"]
+__all__ = ["Evaluation", "Progress", "TrainingConfig", "TrainingDivergedError", "evaluate", "saved_config", "train"]
 
-KIND = "training"
-"""Kind of the file that a run resumes from, as `core.storage` keeps it."""
+_FILE = "training.safetensors"
 
 COLUMNS = ("step", "tokens", "learning_rate", "train_loss", "gradient_norm", "validation_loss", "seconds")
 """Columns of log.csv; losses in nats per byte, validation_loss empty where it was not measured."""
@@ -66,7 +65,7 @@ def train(
     Args:
         config: the settings.
         resume: go on from the folder's last checkpoint, with the settings it began with.
-        progress: called after every step.
+        progress: called after every step. A KeyboardInterrupt that it raises saves a checkpoint before it goes on up.
 
     Returns:
         The summary that is also in summary.json: config, steps, tokens, parameters, losses, seconds.
@@ -76,7 +75,7 @@ def train(
         StorageError: a file cannot be written, or the checkpoint cannot be trusted.
         TrainingDivergedError: the loss or its gradient is not finite; the last checkpoint stands.
     """
-    with _threads(config.threads):
+    with thread_count(config.threads):
         run = _Run(config)
         run.resume() if resume else run.begin()
         with open(run.folder / "log.csv", "a", newline="", buffering=1, encoding="utf-8") as log:
@@ -86,8 +85,23 @@ def train(
                 if report.progress.saved:  # after its row, so that the log never lags behind the checkpoint
                     run.save(report.progress.validation_loss)
                 if progress is not None:
-                    progress(report.progress)
+                    _tell(progress, report.progress, run)
         return run.summarise()
+
+
+def saved_config(out: str | Path) -> TrainingConfig:
+    """The settings that the run in a folder has, so that it can be resumed without repeating them.
+
+    Raises:
+        ArgumentError: the folder holds no run.
+        StorageError: its file cannot be trusted.
+    """
+    path = Path(out) / _FILE
+    expect(path.exists(), "resume", "a folder that holds a run", out)
+    try:
+        return TrainingConfig.from_dict(json.loads(read_metadata(path)["settings"]))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise StorageError(f"{path}: expected the settings of a run, got {error}") from error
 
 
 @dataclass(frozen=True)
@@ -114,12 +128,9 @@ class _Run:
         training, validation = load_split(config.data, validation_fraction=config.validation_fraction)
         self.data_digest = hashlib.sha256(training + b"\0" + validation).hexdigest()
         self.training, self.validation = to_tensor(training), to_tensor(validation)
-        expect(
-            len(training) > config.sequence_length,
-            "data",
-            f"more than sequence_length = {config.sequence_length} bytes to train on",
-            len(training),
-        )
+        enough = f"more than sequence_length = {config.sequence_length} bytes to train on"
+        expect(len(training) > config.sequence_length, "data", enough, len(training))
+        expect(len(validation) >= 2, "data", "at least 2 bytes to validate on", len(validation))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = LanguageModel(config.model)
@@ -129,7 +140,7 @@ class _Run:
 
     def begin(self) -> None:
         """Claim the folder for a new run."""
-        existing = self.folder / "training.safetensors"
+        existing = self.folder / _FILE
         expect(not existing.exists(), "out", "a folder without a run, or resume", f"{self.folder}, which holds one")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -139,18 +150,11 @@ class _Run:
 
     def resume(self) -> None:
         """Take up the weights, the optimiser's state and the position of the last checkpoint; cut the log to it."""
-        path = self.folder / "training.safetensors"
+        path = self.folder / _FILE
         expect(path.exists(), "resume", "a folder that holds a run", self.folder)
-        tensors, metadata = read_tensors(path, kind=KIND)
+        metadata = read_metadata(path)
         self._check_settings(path, metadata)
-        groups = _split_names(tensors)
-        load_weights(self.model, groups.pop("model", {}), path)
-        parameters = dict(self.model.named_parameters())
-        for key, named in groups.items():
-            if named.keys() != parameters.keys():
-                raise StorageError(f"{path}: expected {key} of every weight, got {len(named)} of {len(parameters)}")
-            for name, value in named.items():
-                self.optimizer.state[parameters[name]][key] = value
+        read_position(path, self.model, self.optimizer)
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
         self._cut_log()
 
@@ -185,13 +189,10 @@ class _Run:
 
     def save(self, validation_loss: float | None) -> None:
         """Replace both files: the one to resume from, then the one to use."""
-        tensors = {f"model/{name}": weight for name, weight in self.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state[parameter].items()}
         settings = json.dumps(self.config.to_dict(), sort_keys=True)
         position = {"step": str(self.step), "seconds": repr(self.seconds)}
         metadata = {**position, "settings": settings, "data": self.data_digest}
-        write_tensors(self.folder / "training.safetensors", tensors, kind=KIND, metadata=metadata)
+        write_position(self.folder / _FILE, self.model, self.optimizer, metadata)
         measured = {} if validation_loss is None else {"validation_loss": repr(validation_loss)}
         described = {"step": str(self.step), "training": settings, **measured}
         save_checkpoint(self.folder / "model.safetensors", self.model, metadata=described)
@@ -225,9 +226,9 @@ class _Run:
 
     def _check_settings(self, path: Path, metadata: Mapping[str, str]) -> None:
         try:
-            before = json.loads(metadata["settings"])
+            before = dict(json.loads(metadata["settings"]))
             self._expect_position(metadata)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise StorageError(f"{path}: expected the settings and position of a run, got {error}") from error
         for name, now in self.config.to_dict().items():
             if name not in _MAY_CHANGE:
@@ -258,21 +259,9 @@ def _optimizer(model: LanguageModel, config: TrainingConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def _split_names(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """{"group/name": tensor} -> {"group": {"name": tensor}}."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        group, _, name = full_name.partition("/")
-        groups.setdefault(group, {})[name] = tensor
-    return groups
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Run with `count` threads of PyTorch, and put back what was."""
-    before = torch.get_num_threads()
+def _tell(progress: Callable[[Progress], None], news: Progress, run: _Run) -> None:
     try:
-        torch.set_num_threads(before if count is None else count)
-        yield
-    finally:
-        torch.set_num_threads(before)
+        progress(news)
+    except KeyboardInterrupt:
+        run.save(news.validation_loss)
+        raise

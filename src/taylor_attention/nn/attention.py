@@ -15,6 +15,13 @@ from .layer import Attention, Heads
 from .softmax import softmax_attention
 
 
+def check_degree(degree: int) -> int:
+    """The degree, or ArgumentError for what is none."""
+    good = isinstance(degree, int) and not isinstance(degree, bool) and degree >= 0
+    expect(good, "degree", "an int >= 0", repr(degree))
+    return degree
+
+
 class TaylorAttention(Attention):
     """Attention whose exp is cut after `degree`: constant memory and constant cost per token, whatever the context.
 
@@ -38,8 +45,7 @@ class TaylorAttention(Attention):
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_heads, num_kv_heads, head_dim, value_dim, **options)
-        expect(isinstance(degree, int) and degree >= 0, "degree", "an int >= 0", repr(degree))
-        self.degree = degree
+        self.degree = check_degree(degree)
 
     def new_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None

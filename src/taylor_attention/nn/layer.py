@@ -64,13 +64,11 @@ class Attention(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        expect(decay in (None, "head", "token"), "decay", "None, 'head' or 'token'", repr(decay))
-        expect(causal or decay is None, "decay", "None in a layer that is not causal", repr(decay))
+        check_decay(decay, causal)
         expect(scale is None or scale > 0, "scale", "a number > 0", scale)
-        self.d_model, self.num_heads = _check_size("d_model", d_model), _check_size("num_heads", num_heads)
-        self.num_kv_heads = _check_kv_heads(num_heads, num_kv_heads)
-        self.head_dim = _check_head_dim(d_model, num_heads, head_dim, rope)
-        self.value_dim = _check_size("value_dim", self.head_dim if value_dim is None else value_dim)
+        self.d_model, self.num_heads = d_model, num_heads
+        sizes = resolve_sizes(d_model, num_heads, num_kv_heads, head_dim, value_dim, rope)
+        self.num_kv_heads, self.head_dim, self.value_dim = sizes
         self.rope_base = rope_base if rope else None
         self.causal = causal
         self.scale = self.head_dim**-0.5 if scale is None else scale
@@ -166,6 +164,23 @@ class Attention(nn.Module):
 def _split_heads(x: Tensor, width: int) -> Tensor:
     """[B, T, H * width] -> [B, H, T, width]."""
     return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+def check_decay(decay: str | None, causal: bool = True) -> None:
+    """Raise ArgumentError for a decay that is none of ours."""
+    expect(decay in (None, "head", "token"), "decay", "None, 'head' or 'token'", repr(decay))
+    expect(causal or decay is None, "decay", "None in a layer that is not causal", repr(decay))
+
+
+def resolve_sizes(
+    d_model: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None, value_dim: int | None, rope: bool
+) -> tuple[int, int, int]:
+    """(num_kv_heads, head_dim, value_dim) with their defaults; raises ArgumentError for sizes that do not fit."""
+    _check_size("d_model", d_model)
+    _check_size("num_heads", num_heads)
+    kv_heads = _check_kv_heads(num_heads, num_kv_heads)
+    key_dim = _check_head_dim(d_model, num_heads, head_dim, rope)
+    return kv_heads, key_dim, _check_size("value_dim", key_dim if value_dim is None else value_dim)
 
 
 def _check_size(name: str, size: int) -> int:

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from ..core.state import State
 from ..errors import ArgumentError, expect
-from .attention import SoftmaxAttention, TaylorAttention
+from .attention import SoftmaxAttention, TaylorAttention, check_degree
 from .cache import KeyValueCache
+from .layer import check_decay, resolve_sizes
 from .norm import RMSNorm
 
 
@@ -48,15 +49,16 @@ class ModelConfig:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads"):
+        for name in ("vocab_size", "num_layers"):
             size = getattr(self, name)
             expect(isinstance(size, int) and size >= 1, name, "an int >= 1", repr(size))
         expect(self.attention in ("taylor", "softmax"), "attention", "'taylor' or 'softmax'", repr(self.attention))
         expect(
             isinstance(self.mlp_ratio, (int, float)) and self.mlp_ratio > 0, "mlp_ratio", "a number > 0", self.mlp_ratio
         )
-        with torch.device("meta"):  # the layer knows its own rules: let it check the rest without allocating
-            self.build_attention()
+        check_degree(self.degree)
+        check_decay(self.decay)
+        resolve_sizes(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim, self.rope)
 
     def build_attention(self) -> TaylorAttention | SoftmaxAttention:
         """A new attention layer of this configuration."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from ..core.state import MAX_STATE_BYTES, State, check_state_bytes, wide_dtype
 from ..errors import NormaliserError, NormaliserWarning
 from .operator import attend
 from .tiles import polynomial
-from .validation import Shapes, check_data, check_inputs, check_scale, check_state
+from .validation import Optional, Shapes, check_choices, check_data, check_inputs, check_scale, check_state
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _SAFE_SHARE = 1e-3
 """A normaliser below this share of what its keys would give at score zero counts as not safely positive."""
@@ -25,13 +28,28 @@ _ADVICE = (
 )
 
 
+class Options(TypedDict, total=False):
+    """The optional arguments of `attention` that do not change what it returns."""
+
+    causal: bool
+    scale: float | None
+    series: Series | None
+    key_padding_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    log_decay: Tensor | None
+    state: State | None
+    backend: str
+    chunk_size: int | None
+    max_state_bytes: int
+
+
 @overload
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, degree: int, return_state: Literal[False] = ..., **options: Any
+    query: Tensor, key: Tensor, value: Tensor, *, degree: int, return_state: Literal[False] = ..., **_: Unpack[Options]
 ) -> Tensor: ...
 @overload
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, degree: int, return_state: Literal[True], **options: Any
+    query: Tensor, key: Tensor, value: Tensor, *, degree: int, return_state: Literal[True], **_: Unpack[Options]
 ) -> tuple[Tensor, State]: ...
 def attention(
     query: Tensor,
@@ -88,7 +106,9 @@ def attention(
         NormaliserError: a normaliser is not safely positive while gradients are being recorded (inside torch.compile:
             NaN rows instead).
     """
-    shapes = check_inputs(query, key, value, degree, causal, key_padding_mask, cu_seqlens, log_decay, backend, chunk_size)
+    optional = Optional(key_padding_mask, cu_seqlens, log_decay)
+    shapes = check_inputs(query, key, value, optional, degree, causal)
+    check_choices(backend, chunk_size)
     scale = check_scale(scale, shapes.head_dim)
     if state is not None:
         check_state(state, shapes, degree, scale)
@@ -159,7 +179,7 @@ def decode_(
         ArgumentError: an argument is not as above, or gradients are being recorded; the state is unchanged.
     """
     degree = state.degree if isinstance(state, State) else 0
-    shapes = check_inputs(query, key, value, degree, True, key_padding_mask, None, log_decay, "auto", None)
+    shapes = check_inputs(query, key, value, Optional(key_padding_mask, None, log_decay), degree, True)
     scale = check_scale(scale, shapes.head_dim)
     check_state(state, shapes, degree, scale, in_place=(query, key, value, log_decay))
     with torch.no_grad():
@@ -180,7 +200,8 @@ def decode_(
             state.assign_(after)
             return y
         check_data(None, log_decay, 1)
-        return _decode_one(query, key, value, state, series or EXP, key_padding_mask, log_decay)
+        with torch.autocast(query.device.type, enabled=False):  # sums keep their dtype whatever the caller's autocast
+            return _decode_one(query, key, value, state, series or EXP, key_padding_mask, log_decay)
 
 
 def _decode_one(
@@ -218,10 +239,14 @@ def _decode_one(
     return y.to(query.dtype)
 
 
-@torch.compiler.assume_constant_result  # exact arithmetic on Python integers: nothing for a tracer
 def _resolve(series: Series, degree: int) -> tuple[tuple[float, ...], bool]:
     """The coefficients of a series up to a degree, and whether it is positive everywhere."""
     return series.coefficients(degree), series.is_positive(degree)
+
+
+# Exact arithmetic on Python integers is nothing for a tracer. This is all that torch.compiler.assume_constant_result
+# does, without the second that importing the compiler takes.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _divide(out: Tensor, empty: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def backward(
     grads = _inside(grad, heads)
     by_end = None if grad_end is None else grad_end.flatten(0, 1)
     dq, dk, du = torch.zeros_like(whole.q), torch.zeros_like(whole.k), torch.zeros_like(whole.u)
-    by_start = None if inputs.sums is None else torch.zeros_like(sums)
+    by_start = None if sums is None or inputs.sums is None else torch.zeros_like(sums)
     sweep = _backward_causal if problem.causal else _backward_all
     for rows, run in _runs(whole):
         moments = _moments(run, sums, compensation, rows)
@@ -324,8 +324,8 @@ def _decay_gradient(
 ) -> Tensor:
     """Gradient of the log decay, [n, T].
 
-    Key j acts on query i through exp(L_i - L_j) alone, so that d/dL_i is what the output of i feels of its own size, less
-    what key i as a whole feels of its own; the moments at the end carry exp(L_T). L is a running sum: sum back.
+    Key j acts on query i through exp(L_i - L_j) alone, so that d/dL_i is what the output of i feels of its own size,
+    less what key i as a whole feels of its own; the moments at the end carry exp(L_T). L is a running sum: sum back.
     """
     by_total = (grad * out).sum((1, 2)) - (du * run.u).sum(1)
     if by_end is not None and end is not None:

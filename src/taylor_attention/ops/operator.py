@@ -43,7 +43,7 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Numerator and normaliser [B, Hq, Tq, E] and, if kept, moments and compensation at the end [N, Hkv, E, M].
 
-    The tensors are those of `chunked.Inputs`; N is the batch, or the number of packed sequences. chunk 0: the library's.
+    The tensors are those of `chunked.Inputs`; N is the batch or the number of packed sequences; chunk 0: the library's.
     """
     inputs = Inputs(query, key, value, visible, log_decay, sums, compensation)
     problem = _problem(coefficients, causal, chunk, keep)
@@ -117,9 +117,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_end: Tensor | None, _: Tensor 
         grad = torch.zeros_like(out)
     if end is None:
         grad_end = None
-    by_query, by_key, by_value, by_decay, by_sums = attend_backward(
-        grad, grad_end, out, end, *tensors, *ctx.settings
-    )
+    by_query, by_key, by_value, by_decay, by_sums = attend_backward(grad, grad_end, out, end, *tensors, *ctx.settings)
     log_decay, sums = tensors[4], tensors[6]
     return (
         by_query,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class _Batch:
 def _batches(cu_seqlens: Tensor, device: torch.device) -> Iterator[_Batch]:
     """The sequences, grouped so that within a group no one is padded to more than twice its length."""
     borders = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in zip(borders, borders[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(borders)]
     groups: dict[int, list[int]] = {}
     for sequence, length in enumerate(lengths):
         groups.setdefault(length.bit_length(), []).append(sequence)

@@ -30,7 +30,7 @@ def attention_reference(
     key_padding_mask: Tensor | None = None,
     log_decay: Tensor | None = None,
 ) -> Tensor:
-    """Taylor attention as written in the paper: [B, Hq, Tq, d], [B, Hkv, Tk, d], [B, Hkv, Tk, dv] -> float64 [B, Hq, Tq, dv]."""
+    """Taylor attention by its definition: [B, Hq, Tq, d], [B, Hkv, Tk, d], [B, Hkv, Tk, dv] -> [B, Hq, Tq, dv]."""
     coefficients = (series or EXP).coefficients(degree)
     return _attend(query, key, value, lambda s: _truncated(s, coefficients), causal, scale, key_padding_mask, log_decay)
 
@@ -81,7 +81,9 @@ def _attend(
     weights = function(scale * (q @ k.transpose(-1, -2)))  # [B, Hq, Tq, Tk]
     if log_decay is not None:
         decay = log_decay.double().repeat_interleave(group, 1)
-        decay = decay if visible is None else decay.masked_fill(~visible[:, None], 0)  # hidden tokens do not fade others
+        decay = (
+            decay if visible is None else decay.masked_fill(~visible[:, None], 0)
+        )  # hidden tokens do not fade others
         total = decay.cumsum(-1)
         weights = weights * (total[..., :, None] - total[..., None, :]).clamp(max=0).exp()
     weights = torch.where(shown, weights, 0)

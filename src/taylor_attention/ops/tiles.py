@@ -21,7 +21,7 @@ _FULL_RESET = -1e4
 
 
 class Decay:
-    """Cumulative log decay L of one run of tokens, kept as high + low part so that differences are exact to rounding."""
+    """Cumulative log decay L of one run of tokens, kept as high + low part: differences are exact to rounding."""
 
     def __init__(self, log_decay: Tensor) -> None:
         total = log_decay.to(wide_dtype(log_decay.device)).clamp(min=_FULL_RESET).cumsum(-1)  # [n, T]
@@ -32,7 +32,7 @@ class Decay:
         self.whole = self.from_start[:, :, -1:]  # [n, 1, 1]
 
     def between(self, keys: slice, queries: slice) -> Tensor:
-        """exp(L_i - L_j) for keys j (rows) and queries i (columns), [n, keys, queries]; 1 where j > i (masked later)."""
+        """exp(L_i - L_j) for keys j (rows) and queries i (columns), [n, keys, queries]; 1 where j > i, hidden later."""
         high = self.high[:, None, queries] - self.high[:, keys, None]
         low = self.low[:, None, queries] - self.low[:, keys, None]
         return (high + low).clamp_(max=0).exp_()
@@ -53,14 +53,17 @@ class Run:
 
     @property
     def degree(self) -> int:
+        """Highest power of the scores."""
         return len(self.coefficients) - 1
 
     @property
     def group(self) -> int:
+        """Query heads per key/value head, g."""
         return self.q.shape[2]
 
     @property
     def weights(self) -> Tensor:
+        """Reading weights c_p C_p, [M]."""
         return reading_weights(self.k.shape[1], self.coefficients, self.k.dtype, self.k.device)
 
     def chunks(self, length: int) -> list[slice]:
@@ -68,6 +71,7 @@ class Run:
         return [slice(a, min(a + self.tiling.chunk, length)) for a in range(0, length, self.tiling.chunk)]
 
     def decay(self, part: slice) -> Decay | None:
+        """The decay within a part, counted from its start."""
         return None if self.log_decay is None else Decay(self.log_decay[:, part])
 
     def zeros(self) -> Tensor:
@@ -136,10 +140,8 @@ def attend_within_backward(
     for keys, queries, hidden, factors in _tiles(run, part, causal):
         scores, by_out = _scores(run, keys, queries), run.queries(queries, grad)
         weights = _mask_(polynomial(scores, run.coefficients), run.group, hidden, factors)
-        du[:, :, keys].baddbmm_(by_out, weights.transpose(1, 2))
+        du[:, :, keys] += torch.bmm(by_out, weights.transpose(1, 2))
         by_score = _mask_(polynomial(scores, slope), run.group, hidden, factors)
         by_score *= torch.bmm(run.u[:, :, keys].transpose(1, 2), by_out)
         dq[..., queries] += torch.bmm(run.k[:, :, keys], by_score).unflatten(2, (run.group, -1))
-        dk[:, :, keys].baddbmm_(run.queries(queries), by_score.transpose(1, 2))
-
-
+        dk[:, :, keys] += torch.bmm(run.queries(queries), by_score.transpose(1, 2))

@@ -14,8 +14,8 @@ from ..core.basis import feature_count
 from ..core.moments import formed_count
 
 # Costs in FLOPs of a large GEMM, fitted to timings of this package's own loops on two x86 machines with AVX-512.
-_PER_SCORE = 80  # the elementwise passes over one score: polynomial, mask
-_PER_FORMED = 15  # forming one monomial of one token
+_PER_SCORE = 100  # the elementwise passes over one score: polynomial, mask
+_PER_FORMED = 65  # forming one monomial of one token
 _PER_CALL = 4e5  # one framework call on a small operand
 
 _WORKSPACE = 6 * 2**20  # elements that the tensors of one step may take together: stays near the caches
@@ -74,7 +74,9 @@ def choose(
         direct = queries * keys * per_pair <= saved * per_moment
     length = max(1, min(length, max(queries, keys)))
     tile = _rows(keys if direct else length, group)
-    needed = 2 * formed_count(head_dim, degree) * group * min(length, 512) + 3 * group * tile * (keys if direct else length)
+    needed = 2 * formed_count(head_dim, degree) * group * min(length, 512) + 3 * group * tile * (
+        keys if direct else length
+    )
     return Tiling(length, tile, max(1, _WORKSPACE // max(needed, 1)), direct)
 
 

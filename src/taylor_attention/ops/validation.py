@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isfinite
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,19 +31,16 @@ class Shapes:
     device: torch.device
 
 
-def check_inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    degree: int,
-    causal: bool,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    log_decay: Tensor | None,
-    backend: str,
-    chunk_size: int | None,
-) -> Shapes:
-    """Check everything that needs no look at the data; the sizes found."""
+class Optional(NamedTuple):
+    """The tensors that a caller may leave out."""
+
+    key_padding_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    log_decay: Tensor | None
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, optional: Optional, degree: int, causal: bool) -> Shapes:
+    """Check everything about the tensors that needs no look at the data; the sizes found."""
     for name, x in {"query": query, "key": key, "value": value}.items():
         _expect_tensor(name, x, 4, "[B, H, T, d]")
         expect(x.is_floating_point(), name, "a floating-point tensor", x.dtype)
@@ -57,11 +56,22 @@ def check_inputs(
     expect(fits, "query", f"a multiple of the {heads} key/value heads", query.shape[1])
     expect(_is_int(degree) and degree >= 0, "degree", "an int >= 0", degree)
     expect(isinstance(causal, bool), "causal", "a bool", causal)
-    expect(backend in _BACKENDS, "backend", f"one of {_BACKENDS}", backend)
-    good_chunk = chunk_size is None or (_is_int(chunk_size) and chunk_size >= 1)
-    expect(good_chunk, "chunk_size", "an int >= 1 or None", chunk_size)
-    if causal or cu_seqlens is not None:
+    if causal or optional.cu_seqlens is not None:
         expect(query.shape[2] == keys, "query", f"{keys} tokens as the key (causal or packed)", query.shape[2])
+    _check_optional(optional, key, causal)
+    sequences = batch if optional.cu_seqlens is None else optional.cu_seqlens.shape[0] - 1
+    sum_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return Shapes(
+        sequences, query.shape[1], heads, query.shape[2], keys, head_dim, value.shape[3], sum_dtype, query.device
+    )
+
+
+def _check_optional(optional: Optional, key: Tensor, causal: bool) -> None:
+    batch, heads, keys, _ = key.shape
+    key_padding_mask, cu_seqlens, log_decay = optional
+    for name, x in zip(Optional._fields, optional, strict=True):
+        if isinstance(x, Tensor):
+            expect(x.device == key.device, name, f"the query's device {key.device}", x.device)
     if key_padding_mask is not None:
         _expect_tensor("key_padding_mask", key_padding_mask, 2, "[B, Tk]")
         expect(key_padding_mask.dtype == torch.bool, "key_padding_mask", "dtype torch.bool", key_padding_mask.dtype)
@@ -76,11 +86,13 @@ def check_inputs(
         expect(cu_seqlens.dtype == torch.int32, "cu_seqlens", "dtype torch.int32", cu_seqlens.dtype)
         expect(batch == 1, "cu_seqlens", "batch 1 with packed sequences", batch)
         expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "at least one border", cu_seqlens.shape[0])
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sum_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return Shapes(
-        sequences, query.shape[1], heads, query.shape[2], keys, head_dim, value.shape[3], sum_dtype, query.device
-    )
+
+
+def check_choices(backend: str, chunk_size: int | None) -> None:
+    """Check how the caller wants it computed."""
+    expect(backend in _BACKENDS, "backend", f"one of {_BACKENDS}", repr(backend))
+    good = chunk_size is None or (_is_int(chunk_size) and chunk_size >= 1)
+    expect(good, "chunk_size", "an int >= 1 or None", chunk_size)
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -122,7 +134,7 @@ def check_data(cu_seqlens: Tensor | None, log_decay: Tensor | None, tokens: int)
         expect(bool((log_decay <= 0).all()), "log_decay", "values <= 0 (logarithms of factors in [0, 1])", "others")
     if cu_seqlens is not None:
         borders = cu_seqlens.tolist()
-        rising = all(a <= b for a, b in zip(borders, borders[1:], strict=False))
+        rising = all(a <= b for a, b in pairwise(borders))
         good = rising and borders[0] == 0 and borders[-1] == tokens
         expect(good, "cu_seqlens", f"non-decreasing borders from 0 to {tokens}", borders)
 
@@ -131,7 +143,7 @@ def _is_int(x: object) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def _expect_tensor(name: str, x: Tensor, ndim: int, layout: str) -> None:
+def _expect_tensor(name: str, x: Any, ndim: int, layout: str) -> None:
     if not isinstance(x, Tensor):
         expect(False, name, f"a tensor {layout}", type(x))
     if x.ndim != ndim:

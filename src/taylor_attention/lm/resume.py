@@ -1,0 +1,50 @@
+"""The file that a training run resumes from: weights, optimiser state and the run's own notes, in one atomic write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.storage import read_tensors, write_tensors
+from ..errors import StorageError
+from ..nn.transformer import LanguageModel
+from .checkpoint import load_weights
+
+KIND = "training"
+"""Kind of the file, as `core.storage` keeps it."""
+
+_KEPT = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW remembers of each parameter."""
+
+
+def write_position(path: Path, model: LanguageModel, optimizer: torch.optim.AdamW, metadata: Mapping[str, str]) -> None:
+    """Write everything that the next step depends on; raises StorageError where the file cannot be written."""
+    tensors = {f"model/{name}": weight for name, weight in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        kept = optimizer.state[parameter]
+        tensors |= {f"{key}/{name}": kept[key] for key in _KEPT}
+    write_tensors(path, tensors, kind=KIND, metadata=metadata)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The run's notes alone; raises StorageError where the file cannot be trusted."""
+    return read_tensors(path, kind=KIND)[1]
+
+
+def read_position(path: Path, model: LanguageModel, optimizer: torch.optim.AdamW) -> None:
+    """Put weights and optimiser state back; raises StorageError and changes nothing where they do not fit."""
+    groups: dict[str, dict[str, Tensor]] = {key: {} for key in ("model", *_KEPT)}
+    for full_name, tensor in read_tensors(path, kind=KIND)[0].items():
+        group, _, name = full_name.partition("/")
+        groups.setdefault(group, {})[name] = tensor
+    parameters = dict(model.named_parameters())
+    for key in _KEPT:
+        fits = groups[key].keys() == parameters.keys()
+        if not fits or any(value.shape not in ((), parameters[name].shape) for name, value in groups[key].items()):
+            raise StorageError(f"{path}: expected {key} of every weight, in its shape, got something else")
+    load_weights(model, groups["model"], path)
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = {key: groups[key][name] for key in _KEPT}

@@ -1,0 +1,160 @@
+"""Attention problems for the tests of core and ops: seeded inputs, the float64 oracle, and ways to compute in pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import taylor_attention as ta
+from taylor_attention.ops.reference import attention_reference
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of attention. `along` holds what is cut together with the tokens: key_padding_mask and log_decay."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    degree: int
+    options: dict[str, Any] = field(default_factory=dict)
+    along: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What gradients are taken of."""
+        found = (self.query, self.key, self.value)
+        return (*found, self.along["log_decay"]) if "log_decay" in self.along else found
+
+    def solve(self, **more: Any) -> Any:
+        return ta.attention(*self.arguments, degree=self.degree, **self.options, **self.along, **more)
+
+    def oracle(self) -> Tensor:
+        return attention_reference(*self.arguments, degree=self.degree, **self.options, **self.along)
+
+    def decode_(self, state: ta.State) -> Tensor:
+        given = {name: self.options[name] for name in ("scale", "series") if name in self.options}
+        return ta.decode_(*self.arguments, state, **given, **self.along)
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
+
+    def part(self, start: int, stop: int) -> Problem:
+        """The tokens start..stop alone."""
+        query, key, value = (x[:, :, start:stop] for x in self.arguments)
+        along = {name: x[..., start:stop] for name, x in self.along.items()}
+        return replace(self, query=query, key=key, value=value, along=along)
+
+    def each(self, function: Any) -> Problem:
+        """The same problem with a function applied to its floating-point tensors."""
+        query, key, value = map(function, self.arguments)
+        along = {name: function(x) if x.is_floating_point() else x for name, x in self.along.items()}
+        return replace(self, query=query, key=key, value=value, along=along)
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        return self.each(lambda x: x.detach().to(dtype))
+
+    def recorded(self) -> Problem:
+        """The same numbers as fresh leaves that record gradients."""
+        return self.each(lambda x: x.detach().clone().requires_grad_())
+
+    def new_state(self) -> ta.State:
+        """The state before the first token."""
+        batch, heads, _, head_dim = self.key.shape
+        dtype = torch.float64 if self.key.dtype == torch.float64 else torch.float32
+        scale = self.options.get("scale")
+        return ta.State.zeros(batch, heads, head_dim, self.value.shape[3], self.degree, scale=scale, dtype=dtype)
+
+
+def make(
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    length: int = 37,
+    queries: int | None = None,
+    head_dim: int = 4,
+    value_dim: int = 3,
+    degree: int = 2,
+    radius: float | None = None,
+    mask: str | None = None,
+    decay: str | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **options: Any,
+) -> Problem:
+    """A problem whose scores stay within +-radius: 2, and 0.9 for odd degrees, where exp's truncated series is positive."""
+    generator = torch.Generator().manual_seed(seed)
+    kv_heads = heads if kv_heads is None else kv_heads
+    queries = length if queries is None else queries
+    radius = (0.9 if degree % 2 else 2.0) if radius is None else radius
+
+    def ball(heads: int, tokens: int) -> Tensor:
+        x = torch.randn(batch, heads, tokens, head_dim, generator=generator, dtype=torch.float64)
+        size = 0.3 + 0.7 * torch.rand(batch, heads, tokens, 1, generator=generator, dtype=torch.float64)
+        return x / x.norm(dim=-1, keepdim=True) * size * math.sqrt(radius / options.get("scale", head_dim**-0.5))
+
+    along = {}
+    if mask is not None:
+        along["key_padding_mask"] = _mask(mask, batch, length, generator)
+    if decay is not None:
+        along["log_decay"] = _decay(decay, batch, kv_heads, length, generator)
+    value = torch.randn(batch, kv_heads, length, value_dim, generator=generator, dtype=torch.float64)
+    return Problem(ball(heads, queries), ball(kv_heads, length), value, degree, options, along).to(dtype)
+
+
+def _mask(kind: str, batch: int, length: int, generator: torch.Generator) -> Tensor:
+    position, row = torch.arange(length), torch.arange(batch)[:, None]
+    hidden = (row + 1) * length // (batch + 2)  # another number in each row
+    kinds = {
+        "left": position >= hidden,
+        "right": position < length - hidden,
+        "holes": torch.rand(batch, length, generator=generator) > 0.4,
+        "row 0 hidden": (row > 0) & (position % 3 > 0),
+    }
+    return kinds[kind].expand(batch, length).clone()
+
+
+def _decay(kind: str, batch: int, heads: int, length: int, generator: torch.Generator) -> Tensor:
+    gates = -torch.rand(batch, heads, length, generator=generator, dtype=torch.float64)
+    kinds = {
+        "soft": 0.1 * gates,
+        "hard": 3 * gates,
+        "strong": torch.full_like(gates, -10),
+        "resets": gates.where(torch.rand(batch, heads, length, generator=generator) > 0.2, -math.inf),
+    }
+    return kinds[kind]
+
+
+def carry(problem: Problem, borders: Sequence[int], **options: Any) -> tuple[Tensor, ta.State]:
+    """Cut at the borders and carry the state from piece to piece."""
+    state, outputs = None, []
+    for start, stop in pairwise((0, *borders, problem.length)):
+        y, state = problem.part(start, stop).solve(state=state, return_state=True, **options)
+        outputs.append(y)
+    return torch.cat(outputs, 2), state
+
+
+def decode(problem: Problem, step: int = 1, state: ta.State | None = None) -> tuple[Tensor, ta.State]:
+    """Append `step` tokens at a time to a state (a new one by default), in place."""
+    state = problem.new_state() if state is None else state
+    starts = range(0, problem.length, step)
+    return torch.cat([problem.part(a, min(a + step, problem.length)).decode_(state) for a in starts], 2), state
+
+
+def differences(actual: ta.State, expected: ta.State) -> list[str]:
+    """What is not the same in two states, to the last bit, the tail included; NaN differs from everything."""
+    pairs = {name: (tensor, expected.tensors()[name]) for name, tensor in actual.tensors().items()}
+    found = [name for name, (mine, other) in pairs.items() if mine.dtype != other.dtype or not torch.equal(mine, other)]
+    return found if actual.metadata() == expected.metadata() else [*found, "metadata"]
