@@ -111,7 +111,8 @@ def make(
     if decay is not None:
         along["log_decay"] = _decay(decay, batch, kv_heads, length, generator)
     value = torch.randn(batch, kv_heads, length, value_dim, generator=generator, dtype=torch.float64)
-    return Problem(ball(heads, queries), ball(kv_heads, length), value, degree, options, along).to(dtype)
+    key = ball(kv_heads, length)  # before the query: the same keys whatever is asked
+    return Problem(ball(heads, queries), key, value, degree, options, along).to(dtype)
 
 
 def _mask(kind: str, batch: int, length: int, generator: torch.Generator) -> Tensor:

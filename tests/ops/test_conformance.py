@@ -1,6 +1,7 @@
 """Every backend computes what the specification says. A new backend adds one row to BACKENDS."""
 
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -23,27 +24,34 @@ def error(problem, **options):
     return relative_error(problem.solve(**options), problem.oracle())
 
 
+@lru_cache(maxsize=8)
+def solved(**sizes):
+    """A problem that float32 holds exactly, in both precisions, with its answer: computed once for all ways to it."""
+    problem = make(**sizes, dtype=torch.float32)
+    return {torch.float32: problem, torch.float64: problem.to(torch.float64)}, problem.oracle()
+
+
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 SIZES = [  # head_dim, degree, length, value_dim: every degree, every head size up to 64, where the state is small enough
     (1, 0, 50, 1),
-    (1, 6, 4096, 3),
+    (1, 6, 900, 3),
     (2, 5, 333, 2),
     (3, 4, 4096, 5),
     (4, 1, 257, 4),
     (5, 6, 301, 7),
-    (8, 3, 1000, 8),
-    (8, 6, 515, 1),
-    (16, 2, 2048, 16),
+    (8, 3, 800, 8),
+    (8, 6, 300, 1),
+    (16, 2, 1000, 16),
     (16, 5, 129, 3),
     (24, 4, 200, 8),
-    (32, 3, 700, 32),
+    (32, 3, 200, 32),
     (32, 4, 130, 2),
     (48, 2, 300, 16),
     (64, 0, 90, 64),
-    (64, 1, 600, 64),
-    (64, 2, 4096, 8),
-    (64, 3, 300, 8),
+    (64, 1, 300, 64),
+    (64, 2, 4096, 4),
+    (64, 3, 140, 4),
     (64, 4, 70, 1),
 ]
 
@@ -52,11 +60,10 @@ SIZES = [  # head_dim, degree, length, value_dim: every degree, every head size 
 @pytest.mark.parametrize("chunk", [None, 64])
 @pytest.mark.parametrize(("head_dim", "degree", "length", "value_dim"), SIZES)
 def test_sizes(backend, dtype, head_dim, degree, length, value_dim, chunk):
-    heads = 1 if length > 2000 else 2
-    problem = make(
-        heads=heads, kv_heads=1, length=length, head_dim=head_dim, value_dim=value_dim, degree=degree, dtype=dtype
-    )
-    assert error(problem, backend=backend, chunk_size=chunk) < TOLERANCE[dtype]
+    sizes = {"length": length, "head_dim": head_dim, "value_dim": value_dim, "degree": degree}
+    problems, expected = solved(heads=1 if length > 1000 else 2, kv_heads=1, **sizes)
+    found = problems[dtype].solve(backend=backend, chunk_size=chunk)
+    assert relative_error(found, expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("degree", range(7))
@@ -102,7 +109,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
-@pytest.mark.parametrize("chunk", [None, 1, 16, 1000])
+@pytest.mark.parametrize("chunk", [None, 16])
 @pytest.mark.parametrize("mode", MODES)
 def test_modes(backend, mode, chunk, dtype):
     problem = make(**{"batch": 3, "length": 61, "dtype": dtype, **MODES[mode]})
@@ -131,11 +138,11 @@ def test_however_the_work_is_cut(backend, mode, cut, monkeypatch):
     assert error(problem, backend=backend) < TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize("length", [2048, 3001])
+@pytest.mark.parametrize("length", [1000, 2049])
 def test_strong_gates_keep_their_accuracy_over_long_sequences(backend, length):
-    """A sum of log decay of -30,000 inside which differences of 10 matter."""
+    """A sum of log decay of -20,000 inside which differences of 10 matter."""
     problem = make(heads=1, length=length, decay="strong", dtype=torch.float32)
-    assert error(problem, backend=backend, chunk_size=512) < TOLERANCE[torch.float32]
+    assert error(problem, backend=backend, chunk_size=1000) < TOLERANCE[torch.float32]
 
 
 # ---- series ----------------------------------------------------------------------------------------------------------
@@ -201,7 +208,7 @@ def test_expanded_inputs(backend):
 
 @pytest.mark.parametrize("mode", ["causal", "groups of 3", "decay and holes", "all"])
 @pytest.mark.parametrize("dtype", ROUNDED, ids=str)
-@pytest.mark.parametrize("length", [40, 1500])
+@pytest.mark.parametrize("length", [40, 500])
 def test_half_precision_costs_no_more_than_rounding_the_inputs(backend, dtype, mode, length):
     exact = make(**{"length": length, "head_dim": 8, "value_dim": 8, **MODES[mode]})
     rounded = exact.to(dtype)
@@ -212,7 +219,7 @@ def test_half_precision_costs_no_more_than_rounding_the_inputs(backend, dtype, m
 
 @pytest.mark.parametrize("dtype", ROUNDED, ids=str)
 def test_half_precision_rounds_only_the_output(backend, dtype):
-    problem = make(length=900, head_dim=8, dtype=dtype)
+    problem = make(length=500, head_dim=8, dtype=dtype)
     assert error(problem, backend=backend, chunk_size=64) < TOLERANCE[dtype]
 
 

@@ -146,6 +146,20 @@ def add_compensated(sums: Tensor, compensation: Tensor, increment: Tensor) -> tu
     return total, dropped
 
 
+def add_compensated_(sums: Tensor, compensation: Tensor, increment: Tensor) -> None:
+    """`add_compensated` in place, on contiguous tensors; in blocks, so that its eight passes stay in the caches."""
+    for total, dropped, part in zip(
+        *(tensor.view(-1).split(_BLOCK) for tensor in (sums, compensation, increment)), strict=True
+    ):
+        new_total, new_dropped = add_compensated(total, dropped, part)
+        total.copy_(new_total)
+        dropped.copy_(new_dropped)
+
+
+_BLOCK = 2**16
+"""Elements of a block: a few of them fit in a core's own cache."""
+
+
 class RunningMoments:
     """The moments of a sequence while it is processed chunk by chunk: compensated sums and a recent part.
 
@@ -155,9 +169,10 @@ class RunningMoments:
     _SPAN = 16
 
     def __init__(self, sums: Tensor, compensation: Tensor, degree: int) -> None:
-        """Continue from sums and compensation [n, E, M], which are changed in place."""
+        """Continue from sums and compensation [n, E, M], contiguous, which are changed in place."""
         self.sums, self.compensation, self.degree = sums, compensation, degree
         self._recent = torch.zeros_like(sums)
+        self._weighted = torch.empty_like(sums)
         self._pending = 0
 
     def decay_(self, factor: Tensor) -> None:
@@ -173,14 +188,12 @@ class RunningMoments:
             self.settle_()
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """The moments so far times weights [M], a new tensor [n, E, M]."""
-        return torch.add(self.sums, self._recent).mul_(weights)
+        """The moments so far times weights [M], as [n, E, M]; good until the next call."""
+        return torch.add(self.sums, self._recent, out=self._weighted).mul_(weights)
 
     def settle_(self) -> None:
         """Move the recent part into the compensated sums."""
         if self._pending:
-            total, dropped = add_compensated(self.sums, self.compensation, self._recent)
-            self.sums.copy_(total)
-            self.compensation.copy_(dropped)
+            add_compensated_(self.sums, self.compensation, self._recent)
             self._recent.zero_()
             self._pending = 0

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import StorageError, expect
 from .basis import feature_count
-from .moments import accumulate_, add_compensated
+from .moments import accumulate_, add_compensated, add_compensated_
 from .storage import read_tensors, write_tensors
 
 KIND = "state"
@@ -33,6 +33,9 @@ _OWN_DTYPE = ("tokens", "log_decay", "tail_log_decay")  # whatever the dtype of 
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The type for long sums of log decay: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+_FOLD_TOGETHER = 2**22  # elements of the moments that are folded at once
 
 
 def tail_size(head_dim: int, value_dim: int, degree: int) -> int:
@@ -184,22 +187,29 @@ class State:
         """The same state with an empty tail; itself if the tail is empty."""
         if self.tail_length == 0:
             return self
-        factor = self.tail_log_decay.exp().to(self.dtype)[..., None, None]
-        increment = torch.zeros_like(self.sums).flatten(0, 1)
-        key, value = self.tail_key.flatten(0, 1), self.tail_value.flatten(0, 1)
-        accumulate_(increment, key[..., : self.tail_length], value[..., : self.tail_length], self.degree)
-        sums, compensation = add_compensated(
-            self.sums * factor, self.compensation * factor, increment.view_as(self.sums)
-        )
-        return replace(
-            self,
-            sums=sums,
-            compensation=compensation,
-            tail_key=torch.zeros_like(self.tail_key),
-            tail_value=torch.zeros_like(self.tail_value),
-            tail_log_decay=torch.zeros_like(self.tail_log_decay),
-            tail_length=0,
-        )
+        copy = self.clone()
+        copy.fold_()
+        return copy
+
+    @torch.no_grad()  # only decoding fills a tail, and it refuses states with a gradient history
+    def fold_(self) -> None:
+        """Add the tail's tokens to the moments in place, a few heads at a time, and empty it."""
+        if self.tail_length == 0:
+            return
+        factors = self.tail_log_decay.exp().to(self.dtype).view(-1, 1, 1)
+        sums, compensation = self.sums.view(-1, *self.sums.shape[2:]), self.compensation.view(-1, *self.sums.shape[2:])
+        keys, values = (x.flatten(0, 1)[..., : self.tail_length] for x in (self.tail_key, self.tail_value))
+        together = max(1, _FOLD_TOGETHER // sums[0].numel()) if len(sums) else 1
+        for start in range(0, len(sums), together):
+            part = slice(start, start + together)
+            increment = torch.zeros_like(sums[part])
+            accumulate_(increment, keys[part], values[part], self.degree)
+            sums[part].mul_(factors[part])
+            compensation[part].mul_(factors[part])
+            add_compensated_(sums[part], compensation[part], increment)
+        for tail in (self.tail_key, self.tail_value, self.tail_log_decay):
+            tail.zero_()
+        self.tail_length = 0
 
     def append_(self, key: Tensor, value: Tensor, log_decay: Tensor | None, visible: Tensor | None) -> None:
         """Append one token in place: key [B, Hkv, d], value [B, Hkv, E] with its last entry 1, log_decay [B, Hkv].
@@ -207,7 +217,7 @@ class State:
         Where visible bool [B] is False nothing is appended.
         """
         if self.tail_length == self.tail_key.shape[-1]:
-            self.assign_(self.folded())
+            self.fold_()
         if visible is not None:
             hidden = ~visible[:, None]
             key, value = key.masked_fill(hidden[..., None], 0), value.masked_fill(hidden[..., None], 0)

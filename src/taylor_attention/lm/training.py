@@ -194,7 +194,8 @@ class _Run:
         metadata = {**position, "settings": settings, "data": self.data_digest}
         write_position(self.folder / _FILE, self.model, self.optimizer, metadata)
         measured = {} if validation_loss is None else {"validation_loss": repr(validation_loss)}
-        described = {"step": str(self.step), "training": settings, **measured}
+        shared = {name: value for name, value in self.config.to_dict().items() if name != "out"}  # of no use elsewhere
+        described = {"step": str(self.step), "training": json.dumps(shared, sort_keys=True), **measured}
         save_checkpoint(self.folder / "model.safetensors", self.model, metadata=described)
 
     def summarise(self) -> dict[str, Any]:

@@ -212,26 +212,32 @@ def _forward_causal(run: Run, moments: RunningMoments | None, out: Tensor) -> No
         attend_within(run, part, True, out)
         if moments is not None and (run.keep or index + 1 < len(chunks)):
             _append_(moments, run, part, decay)
-    if moments is not None:
+    if moments is not None and run.keep:
         moments.settle_()
 
 
 def _forward_all(run: Run, moments: RunningMoments | None, out: Tensor) -> None:
     """As `_forward_causal`, where every query sees every key and the moments at the start."""
-    queries = run.chunks(run.q.shape[3])
     if run.tiling.direct:
         attend_within(run, slice(0, run.q.shape[3]), False, out)
     if moments is None:
         return
-    before = moments.weighted(run.weights) if run.tiling.direct else None
+    if run.tiling.direct and run.started:
+        _read_all(run, moments, out)
     if run.keep or not run.tiling.direct:
         for part in run.chunks(run.k.shape[2]):
             _append_(moments, run, part)
-    if run.started or not run.tiling.direct:
-        weighted = moments.weighted(run.weights) if before is None else before
-        for part in queries:
-            out[..., part] += _read(run, weighted, part)
-    moments.settle_()
+    if not run.tiling.direct:
+        _read_all(run, moments, out)
+    if run.keep:
+        moments.settle_()
+
+
+def _read_all(run: Run, moments: RunningMoments, out: Tensor) -> None:
+    """Add what all queries read from the moments as they are."""
+    weighted = moments.weighted(run.weights)
+    for part in run.chunks(run.q.shape[3]):
+        out[..., part] += _read(run, weighted, part)
 
 
 _Grads = tuple[Tensor, Tensor, Tensor]  # of q, k, u, added to in place
