@@ -1,4 +1,4 @@
-"""Attention problems for the tests of core and ops: seeded inputs, the float64 oracle, and ways to compute in pieces."""
+"""Attention problems for the tests of core and ops: seeded inputs, the float64 oracle, ways to compute in pieces."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def make(
     seed: int = 0,
     **options: Any,
 ) -> Problem:
-    """A problem whose scores stay within +-radius: 2, and 0.9 for odd degrees, where exp's truncated series is positive."""
+    """A problem whose scores stay within +-radius; by default where exp's truncated series is positive."""
     generator = torch.Generator().manual_seed(seed)
     kv_heads = heads if kv_heads is None else kv_heads
     queries = length if queries is None else queries

@@ -22,7 +22,7 @@ def formed(request, monkeypatch):
 
 
 def draw(head_dim, degree, tokens=11):
-    """x [n, d, C], u [n, E, C], moments [n, E, M], and the dense features [n, M, C] that the products are defined by."""
+    """x [n, d, C], u [n, E, C], moments [n, E, M], and the dense features [n, M, C] that define the products."""
     x = torch.randn(2, head_dim, tokens, dtype=torch.float64)
     u = torch.randn(2, 4, tokens, dtype=torch.float64)
     table = torch.randn(2, 4, feature_count(head_dim, degree), dtype=torch.float64)

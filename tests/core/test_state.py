@@ -229,7 +229,7 @@ def test_merging_keeps_what_rounding_dropped():
 
 
 @pytest.mark.parametrize(
-    "grow", [lambda all, one: all.merge(one), lambda all, one: one.merge(all)], ids=["end", "start"]
+    "grow", [lambda state, one: state.merge(one), lambda state, one: one.merge(state)], ids=["end", "start"]
 )
 def test_merging_one_token_at_a_time_goes_on_where_float32_sticks(grow):
     state, one = counted(2**24), counted(1)

@@ -26,14 +26,14 @@ def error(problem, **options):
 
 @lru_cache(maxsize=8)
 def solved(**sizes):
-    """A problem that float32 holds exactly, in both precisions, with its answer: computed once for all ways to it."""
+    """A problem that float32 holds exactly, in both precisions, and its answer: computed once."""
     problem = make(**sizes, dtype=torch.float32)
     return {torch.float32: problem, torch.float64: problem.to(torch.float64)}, problem.oracle()
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
-SIZES = [  # head_dim, degree, length, value_dim: every degree, every head size up to 64, where the state is small enough
+SIZES = [  # head_dim, degree, length, value_dim: every degree, head sizes up to 64, where the state is small enough
     (1, 0, 50, 1),
     (1, 6, 900, 3),
     (2, 5, 333, 2),

@@ -44,7 +44,7 @@ def one_shot(problem):
 
 
 def faded(state):
-    """What the state's past counts for now: exp of its log decay, so that a gate of -inf and one of -1e4 are the same."""
+    """What the state's past counts for now: exp of its log decay, in which all full resets are the same."""
     return state.log_decay.exp()
 
 
@@ -148,11 +148,15 @@ def test_any_split_of_any_kind_of_step(kind, data):
     """Pieces of any length, each by attention or in place, give what one call gives."""
     problem = problem_of(kind)
     borders = sorted(data.draw(st.lists(st.integers(0, LENGTH), max_size=6), label="borders"))
-    in_place = data.draw(st.lists(st.booleans(), min_size=len(borders) + 1, max_size=len(borders) + 1), label="in place")
+    in_place = data.draw(
+        st.lists(st.booleans(), min_size=len(borders) + 1, max_size=len(borders) + 1), label="in place"
+    )
     state, outputs = problem.new_state(), []
     for (start, stop), decoding in zip(pairwise([0, *borders, LENGTH]), in_place, strict=True):
         part = problem.part(start, stop)
-        y, state = decode(part, state=state) if decoding and stop > start else part.solve(state=state, return_state=True)
+        y, state = (
+            decode(part, state=state) if decoding and stop > start else part.solve(state=state, return_state=True)
+        )
         outputs.append(y)
     assert_same((torch.cat(outputs, 2), state), one_shot(problem))
 
@@ -378,7 +382,9 @@ def test_packed_sequences_go_on_from_their_states(kind):
 
 
 @pytest.mark.parametrize("kind", ["causal", "all", "decay", "resets and holes"])
-@pytest.mark.parametrize("change", [lambda x: x + 1, lambda x: x * torch.nan, lambda x: x * 1e30], ids=["1", "nan", "1e30"])
+@pytest.mark.parametrize(
+    "change", [lambda x: x + 1, lambda x: x * torch.nan, lambda x: x * 1e30], ids=["1", "nan", "1e30"]
+)
 def test_nothing_leaks_from_one_packed_sequence_to_another(kind, change):
     """Another content of one sequence leaves every bit of the others."""
     problem = packed(kind, dtype=torch.float32)

@@ -109,17 +109,20 @@ def multiplicities(head_dim: int, degree: int) -> Tensor:
 def _multiplicities_and_runs(head_dim: int, degree: int) -> tuple[Tensor, Tensor]:
     """Multiplicities of one degree, and for each row how often its first index repeats."""
     _check(head_dim, degree)
-    counts, runs = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int8)
+    counts, runs = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int16)
     for p in range(1, degree + 1):
         base = offsets(head_dim, p)[p - 1]
         new_counts = torch.empty(monomial_count(head_dim, p), dtype=torch.int64)
-        new_runs = torch.ones(len(new_counts), dtype=torch.int8)
+        new_runs = torch.ones(len(new_counts), dtype=torch.int16)
         for block, part in _parts(head_dim, p):
             if p > 1:  # the suffix begins with the rows whose first index is block.index again
                 repeats = monomial_count(head_dim - block.index, p - 2)
                 tail = runs[block.suffix - base :][:repeats]
                 new_runs[part][:repeats] = tail + 1
-            new_counts[part] = counts[block.suffix - base :] * p // new_runs[part]
+            # counts * p / run, dividing first: the product alone could pass 2^63. run / shared divides the count.
+            run = new_runs[part].long()
+            shared = run.gcd(torch.tensor(p))
+            new_counts[part] = counts[block.suffix - base :] // (run // shared) * (p // shared)
         counts, runs = new_counts, new_runs
     return counts, runs
 

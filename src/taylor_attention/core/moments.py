@@ -138,16 +138,18 @@ def add_compensated(sums: Tensor, compensation: Tensor, increment: Tensor) -> tu
     The error of a sum of any number of increments stays near one rounding of the result instead of growing with it,
     so that counters do not stick and slow drifts do not build up. Differentiable through the sums.
     """
-    increment = increment + compensation
     total = sums + increment
     with torch.no_grad():
         virtual = total - sums
-        dropped = (sums - (total - virtual)) + (increment - virtual)
-    return total, dropped
+        dropped = (sums - (total - virtual)) + (increment - virtual) + compensation
+    carried = total + dropped  # what has gathered in the compensation may have grown large enough to count
+    with torch.no_grad():
+        dropped = dropped - (carried - total)
+    return carried, dropped
 
 
 def add_compensated_(sums: Tensor, compensation: Tensor, increment: Tensor) -> None:
-    """`add_compensated` in place, on contiguous tensors; in blocks, so that its eight passes stay in the caches."""
+    """`add_compensated` in place, on contiguous tensors; in blocks, so that its passes stay in the caches."""
     for total, dropped, part in zip(
         *(tensor.view(-1).split(_BLOCK) for tensor in (sums, compensation, increment)), strict=True
     ):

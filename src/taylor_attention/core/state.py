@@ -112,7 +112,10 @@ class State:
         check_state_bytes(needed, max_state_bytes, degree)
         sums = torch.zeros(shape, dtype=dtype, device=device)
         tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        scale = head_dim**-0.5 if scale is None else float(scale)
+        scale = head_dim**-0.5 if scale is None else scale
+        number = isinstance(scale, int | float) and not isinstance(scale, bool) and isfinite(scale)
+        expect(number, "scale", "a finite number or None", repr(scale))
+        scale = float(scale)
         return cls.from_sums(sums, torch.zeros_like(sums), tokens, None, head_dim, degree, scale)
 
     @classmethod
@@ -187,11 +190,17 @@ class State:
         """The same state with an empty tail; itself if the tail is empty."""
         if self.tail_length == 0:
             return self
-        copy = self.clone()
+        factor = self.tail_log_decay.exp().to(self.dtype)[..., None, None]
+        copy = replace(
+            self.clone(),
+            sums=self.sums * factor,  # here, since folding in place records no gradient
+            compensation=self.compensation.detach() * factor,
+            tail_log_decay=torch.zeros_like(self.tail_log_decay),
+        )
         copy.fold_()
         return copy
 
-    @torch.no_grad()  # only decoding fills a tail, and it refuses states with a gradient history
+    @torch.no_grad()
     def fold_(self) -> None:
         """Add the tail's tokens to the moments in place, a few heads at a time, and empty it."""
         if self.tail_length == 0:
@@ -203,7 +212,8 @@ class State:
         for start in range(0, len(sums), together):
             part = slice(start, start + together)
             increment = torch.zeros_like(sums[part])
-            accumulate_(increment, keys[part], values[part], self.degree)
+            with torch.autocast(self.device.type, enabled=False):
+                accumulate_(increment, keys[part], values[part], self.degree)
             sums[part].mul_(factors[part])
             compensation[part].mul_(factors[part])
             add_compensated_(sums[part], compensation[part], increment)

@@ -39,7 +39,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str,
         StorageError: the file cannot be written; what stood there before still stands.
     """
     safetensors = require("safetensors.torch", "io", "writing tensors to a file")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = _separate(tensors)
     header = {"format": _FORMAT, "version": str(LAYOUT_VERSION), "kind": kind, "digest": _digest(plain, metadata)}
     expect(not header.keys() & metadata.keys(), "metadata", f"names other than {sorted(header)}", sorted(metadata))
     content = safetensors.save(plain, metadata={**metadata, **header})
@@ -97,7 +97,20 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, none sharing memory with another: the format refuses what is shared."""
+    found: dict[str, Tensor] = {}
+    taken = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        found[name] = plain.clone() if memory in taken else plain
+        taken.add(memory)
+    return found
 
 
 def _sync_folder(folder: Path) -> None:

@@ -9,18 +9,30 @@ import torch
 from torch import Tensor
 
 from ..core.basis import expand, feature_count, reading_weights
-from ..core.series import EXP, Series
+from ..core.series import Series
 from ..core.state import MAX_STATE_BYTES, State, check_state_bytes, wide_dtype
 from ..errors import NormaliserError, NormaliserWarning
 from .operator import attend
 from .tiles import polynomial
-from .validation import Optional, Shapes, check_choices, check_data, check_inputs, check_scale, check_state
+from .validation import (
+    Optional,
+    Shapes,
+    check_choices,
+    check_data,
+    check_inputs,
+    check_scale,
+    check_series,
+    check_state,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _SAFE_SHARE = 1e-3
 """A normaliser below this share of what its keys would give at score zero counts as not safely positive."""
+
+FULL_RESET = -1e3
+"""A log decay below this forgets everything in either precision; clamping to it keeps differences of sums finite."""
 
 _ADVICE = (
     "the truncated series is negative for some scores, and the normaliser of {count:,} queries is not safely positive: "
@@ -109,6 +121,7 @@ def attention(
     optional = Optional(key_padding_mask, cu_seqlens, log_decay)
     shapes = check_inputs(query, key, value, optional, degree, causal)
     check_choices(backend, chunk_size)
+    degree = len(range(degree))  # a tracer that takes ints for unknowns pins this one down
     scale = check_scale(scale, shapes.head_dim)
     if state is not None:
         check_state(state, shapes, degree, scale)
@@ -119,10 +132,10 @@ def attention(
         elements = 2 * shapes.sequences * shapes.kv_heads * (shapes.value_dim + 1) * features
         check_state_bytes(elements * shapes.sum_dtype.itemsize, max_state_bytes, degree)
     start = None if state is None else state.folded()
-    series = EXP if series is None else series
+    series = check_series(series)
     coefficients, positive = _resolve(series, degree)
     q, k, v = (x.to(shapes.sum_dtype) for x in (query, key, value))
-    gates = None if log_decay is None else log_decay.to(shapes.sum_dtype)
+    gates = None if log_decay is None else log_decay.to(shapes.sum_dtype).clamp(min=FULL_RESET)
     sums, compensation = (None, None) if start is None else (start.sums, start.compensation)
     out, end, dropped = attend(
         q * scale,
@@ -150,7 +163,7 @@ def attention(
     faded = None if gates is None else _sum_decay(gates, key_padding_mask, cu_seqlens)
     if state is not None:
         tokens = tokens + state.tokens
-        faded = state.log_decay if faded is None else faded + state.log_decay
+        faded = state.log_decay.clone() if faded is None else faded + state.log_decay
     return y, State.from_sums(end, dropped, tokens, faded, shapes.head_dim, degree, scale)
 
 
@@ -182,6 +195,8 @@ def decode_(
     shapes = check_inputs(query, key, value, Optional(key_padding_mask, None, log_decay), degree, True)
     scale = check_scale(scale, shapes.head_dim)
     check_state(state, shapes, degree, scale, in_place=(query, key, value, log_decay))
+    series = check_series(series)
+    series.coefficients(degree)  # raises before the state is touched
     with torch.no_grad():
         if shapes.queries != 1:
             y, after = attention(
@@ -201,7 +216,7 @@ def decode_(
             return y
         check_data(None, log_decay, 1)
         with torch.autocast(query.device.type, enabled=False):  # sums keep their dtype whatever the caller's autocast
-            return _decode_one(query, key, value, state, series or EXP, key_padding_mask, log_decay)
+            return _decode_one(query, key, value, state, series, key_padding_mask, log_decay)
 
 
 def _decode_one(
@@ -217,7 +232,8 @@ def _decode_one(
     batch, heads = key.shape[:2]
     k, v = key[:, :, 0].to(state.dtype), value[:, :, 0].to(state.dtype)
     u = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
-    gate = None if log_decay is None else log_decay[..., 0].to(wide_dtype(state.device)).clamp(min=-1e4)
+    u = u + (k * 0).sum(-1, keepdim=True) + (v * 0).sum(-1, keepdim=True)  # all NaN if any is not finite
+    gate = None if log_decay is None else log_decay[..., 0].to(wide_dtype(state.device)).clamp(min=FULL_RESET)
     state.append_(k, u, gate, None if visible is None else visible[:, 0])
     coefficients = series.coefficients(state.degree)
     q = (query[:, :, 0].to(state.dtype) * state.scale).view(batch * heads, -1, state.head_dim)  # [n, g, d]

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..core.basis import feature_count
 from . import chunked
 from .chunked import Gradients, Inputs, Problem
 
@@ -66,6 +67,11 @@ def _batches(cu_seqlens: Tensor, device: torch.device) -> Iterator[_Batch]:
         yield _Batch(torch.tensor(members, device=device), (starts + steps) * present, present)
 
 
+def _moments_shape(inputs: Inputs, problem: Problem) -> tuple[int, int, int]:
+    heads, _, head_dim = inputs.key.shape[1:]
+    return heads, inputs.value.shape[3] + 1, feature_count(head_dim, len(problem.coefficients) - 1)
+
+
 def forward(inputs: Inputs, problem: Problem, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `chunked.forward`, for packed sequences; moments come one per sequence, [N, Hkv, E, M]."""
     query, value = inputs.query, inputs.value
@@ -78,6 +84,9 @@ def forward(inputs: Inputs, problem: Problem, cu_seqlens: Tensor) -> tuple[Tenso
             ends.append((batch.sequences, end, dropped))
     if not problem.keep:
         return out, None, None
+    if not ends:
+        nothing = query.new_empty(0, *_moments_shape(inputs, problem))
+        return out, nothing, nothing.clone()
     order = torch.cat([sequences for sequences, _, _ in ends]).argsort()
     return out, torch.cat([end for _, end, _ in ends])[order], torch.cat([dropped for _, _, dropped in ends])[order]
 

@@ -32,7 +32,9 @@ def attention_reference(
 ) -> Tensor:
     """Taylor attention by its definition: [B, Hq, Tq, d], [B, Hkv, Tk, d], [B, Hkv, Tk, dv] -> [B, Hq, Tq, dv]."""
     coefficients = (series or EXP).coefficients(degree)
-    return _attend(query, key, value, lambda s: _truncated(s, coefficients), causal, scale, key_padding_mask, log_decay)
+    return _attend(
+        query, key, value, lambda s, _: _truncated(s, coefficients), causal, scale, key_padding_mask, log_decay
+    )
 
 
 def softmax_reference(
@@ -53,17 +55,18 @@ def _truncated(scores: Tensor, coefficients: Sequence[float]) -> Tensor:
     return sum((c * scores**p for p, c in enumerate(coefficients)), torch.zeros_like(scores))
 
 
-def _stable_exp(scores: Tensor) -> Tensor:
+def _stable_exp(scores: Tensor, shown: Tensor) -> Tensor:
     if scores.shape[-1] == 0:
         return scores
-    return (scores - scores.amax(-1, keepdim=True)).exp()  # a factor per query, which the division removes
+    top = torch.where(shown, scores, -torch.inf).amax(-1, keepdim=True)
+    return torch.where(shown, scores - top, -torch.inf).exp()  # a factor per query, which the division removes
 
 
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    function: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor, Tensor], Tensor],
     causal: bool,
     scale: float | None,
     visible: Tensor | None,
@@ -78,14 +81,14 @@ def _attend(
         shown = shown.tril()
     if visible is not None:
         shown = shown & visible[:, None, None, :]
-    weights = function(scale * (q @ k.transpose(-1, -2)))  # [B, Hq, Tq, Tk]
+    weights = function(scale * (q @ k.transpose(-1, -2)), shown)  # [B, Hq, Tq, Tk]
     if log_decay is not None:
         decay = log_decay.double().repeat_interleave(group, 1)
         decay = (
             decay if visible is None else decay.masked_fill(~visible[:, None], 0)
         )  # hidden tokens do not fade others
-        total = decay.cumsum(-1)
-        weights = weights * (total[..., :, None] - total[..., None, :]).clamp(max=0).exp()
+        later = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(-1)  # [t, j]: j < t
+        weights = weights * torch.where(later, decay[..., :, None], 0).cumsum(-2).exp()  # exact for -inf too
     weights = torch.where(shown, weights, 0)
     normaliser = weights.sum(-1, keepdim=True)
     empty = ~shown.any(-1, keepdim=True)

@@ -16,15 +16,12 @@ from ..core.basis import feature_count, reading_weights
 from ..core.state import wide_dtype
 from .tiling import Tiling
 
-_FULL_RESET = -1e4
-"""A log decay below this forgets everything in either precision; clamping to it keeps differences of sums finite."""
-
 
 class Decay:
     """Cumulative log decay L of one run of tokens, kept as high + low part: differences are exact to rounding."""
 
     def __init__(self, log_decay: Tensor) -> None:
-        total = log_decay.to(wide_dtype(log_decay.device)).clamp(min=_FULL_RESET).cumsum(-1)  # [n, T]
+        total = log_decay.to(wide_dtype(log_decay.device)).cumsum(-1)  # [n, T]
         self.high = total.to(log_decay.dtype)
         self.low = (total - self.high).to(log_decay.dtype)
         self.from_start = total.exp().to(log_decay.dtype)[:, None]  # [n, 1, T]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.series import EXP, Series
 from ..core.state import State
 from ..errors import expect
 
@@ -46,18 +47,18 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, optional: Optional, 
         expect(x.is_floating_point(), name, "a floating-point tensor", x.dtype)
         expect(x.dtype == query.dtype, name, f"the query's dtype {query.dtype}", x.dtype)
         expect(x.device == query.device, name, f"the query's device {query.device}", x.device)
-        expect(x.shape[0] == query.shape[0], name, f"batch {query.shape[0]} as the query", x.shape[0])
+        _expect_same(name, x.shape[0], query.shape[0], "batch {} as the query")
     batch, heads, keys, head_dim = key.shape
     expect(head_dim >= 1, "key", "a head size >= 1", head_dim)
-    expect(query.shape[3] == head_dim, "query", f"head size {head_dim} as the key", query.shape[3])
-    expect(value.shape[1] == heads, "value", f"{heads} heads as the key", value.shape[1])
-    expect(value.shape[2] == keys, "value", f"{keys} tokens as the key", value.shape[2])
-    fits = heads >= 1 and query.shape[1] % heads == 0 and query.shape[1] >= 1
-    expect(fits, "query", f"a multiple of the {heads} key/value heads", query.shape[1])
+    _expect_same("query", query.shape[3], head_dim, "head size {} as the key")
+    _expect_same("value", value.shape[1], heads, "{} heads as the key")
+    _expect_same("value", value.shape[2], keys, "{} tokens as the key")
+    if not (heads >= 1 and query.shape[1] % heads == 0 and query.shape[1] >= 1):
+        expect(False, "query", f"a multiple of the {heads} key/value heads", query.shape[1])
     expect(_is_int(degree) and degree >= 0, "degree", "an int >= 0", degree)
     expect(isinstance(causal, bool), "causal", "a bool", causal)
     if causal or optional.cu_seqlens is not None:
-        expect(query.shape[2] == keys, "query", f"{keys} tokens as the key (causal or packed)", query.shape[2])
+        _expect_same("query", query.shape[2], keys, "{} tokens as the key (causal or packed)")
     _check_optional(optional, key, causal)
     sequences = batch if optional.cu_seqlens is None else optional.cu_seqlens.shape[0] - 1
     sum_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -102,6 +103,12 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     good = isinstance(scale, int | float) and not isinstance(scale, bool) and isfinite(scale)
     expect(good, "scale", "a finite number or None", scale)
     return float(scale)
+
+
+def check_series(series: Series | None) -> Series:
+    """The series given, or exp."""
+    expect(series is None or isinstance(series, Series), "series", "a Series or None", repr(series))
+    return EXP if series is None else series
 
 
 def check_state(
@@ -149,6 +156,11 @@ def _expect_tensor(name: str, x: Any, ndim: int, layout: str) -> None:
         expect(False, name, f"a tensor {layout}", type(x))
     if x.ndim != ndim:
         expect(False, name, f"a tensor {layout}", f"shape {tuple(x.shape)}")
+
+
+def _expect_same(name: str, found: int, wanted: int, expected: str) -> None:
+    if found != wanted:  # written out only then: a tracer would pin a size down to write it
+        expect(False, name, expected.format(wanted), found)
 
 
 def _expect_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
