@@ -6,7 +6,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from problems import make
+from problems import decode, make
 from taylor_attention import series
 from taylor_attention.ops import chunked
 from taylor_attention.ops.tiling import Tiling
@@ -195,6 +195,15 @@ def test_any_strides(backend, layout, mode):
     assert not query.is_contiguous()
     strided = replace(problem, query=query, key=key, value=value)
     found = strided.solve(backend=backend, chunk_size=16)
+    assert relative_error(found, problem.oracle()) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("step", [1, 4])
+def test_any_strides_in_decoding(backend, layout, step):
+    problem = make(batch=3, heads=6, kv_heads=2, length=12, mask="holes", decay="hard")
+    query, key, value = map(LAYOUTS[layout], problem.arguments)
+    found, _ = decode(replace(problem, query=query, key=key, value=value), step)
     assert relative_error(found, problem.oracle()) < TOLERANCE[torch.float64]
 
 

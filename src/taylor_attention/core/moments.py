@@ -61,14 +61,15 @@ def _suffix(block: Block) -> slice:
     return slice(block.suffix, block.suffix + block.stop - block.start)
 
 
-def _formed_blocks(head_dim: int, degree: int) -> list[tuple[Block, slice]]:
+@lru_cache(maxsize=256)
+def _formed_blocks(head_dim: int, degree: int) -> tuple[tuple[Block, slice], ...]:
     """The blocks that are formed, lowest degree first, each with its rows in the formed features."""
     found = [(b, slice(b.start, b.stop)) for p in range(2, degree) for b in blocks(head_dim, p)]
     split = _split(head_dim, degree)
     if split.formed_blocks:
         shift = split.rows - feature_count(head_dim, degree)
         found += [(b, slice(b.start + shift, b.stop + shift)) for b in split.formed_blocks]
-    return found
+    return tuple(found)
 
 
 def _form(x: Tensor, degree: int) -> Tensor:

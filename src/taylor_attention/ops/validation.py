@@ -130,9 +130,8 @@ def check_state(
         found = getattr(state, name)
         if found != value:
             expect(False, "state", f"{name} {value}", found)
-    if in_place:
-        inputs = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in in_place)
-        recorded = inputs or state.sums.requires_grad
+    if in_place and torch.is_grad_enabled():
+        recorded = any(x is not None and x.requires_grad for x in (*in_place, state.sums))
         expect(not recorded, "state", "no gradients where it is changed in place", "tensors that require gradients")
 
 
