@@ -34,7 +34,7 @@ class _Split:
 
     spans: tuple[tuple[slice, slice], ...]  # (rows of the packed axis, the same rows in the formed features)
     blocks: tuple[Block, ...]
-    formed_blocks: tuple[Block, ...]  # of the highest degree; the last ones, all with a suffix of variables
+    formed_blocks: tuple[tuple[Block, slice], ...]  # those that are formed, lowest degree first, and their rows there
     rows: int
 
 
@@ -49,7 +49,10 @@ def _split(head_dim: int, degree: int) -> _Split:
     spans = [(slice(0, lower), slice(0, lower)), (slice(count - tail, count), slice(lower, lower + tail))]
     if first == 0:
         spans = [(slice(0, count), slice(0, count))]
-    return _Split(tuple(spans), top[:first], top[first:], lower + tail)
+    below = [(b, slice(b.start, b.stop)) for p in range(2, degree) for b in blocks(head_dim, p)]
+    shift = lower + tail - count
+    last = [(b, slice(b.start + shift, b.stop + shift)) for b in top[first:]]
+    return _Split(tuple(spans), top[:first], (*below, *last), lower + tail)
 
 
 def formed_count(head_dim: int, degree: int) -> int:
@@ -61,17 +64,6 @@ def _suffix(block: Block) -> slice:
     return slice(block.suffix, block.suffix + block.stop - block.start)
 
 
-@lru_cache(maxsize=256)
-def _formed_blocks(head_dim: int, degree: int) -> tuple[tuple[Block, slice], ...]:
-    """The blocks that are formed, lowest degree first, each with its rows in the formed features."""
-    found = [(b, slice(b.start, b.stop)) for p in range(2, degree) for b in blocks(head_dim, p)]
-    split = _split(head_dim, degree)
-    if split.formed_blocks:
-        shift = split.rows - feature_count(head_dim, degree)
-        found += [(b, slice(b.start + shift, b.stop + shift)) for b in split.formed_blocks]
-    return tuple(found)
-
-
 def _form(x: Tensor, degree: int) -> Tensor:
     """The formed monomials with tokens last: [n, d, C] -> [n, rows, C]."""
     n, head_dim, length = x.shape
@@ -79,7 +71,7 @@ def _form(x: Tensor, degree: int) -> Tensor:
     features[:, :1] = 1
     if degree >= 1:
         features[:, 1 : 1 + head_dim] = x
-    for b, rows in _formed_blocks(head_dim, degree):
+    for b, rows in _split(head_dim, degree).formed_blocks:
         torch.mul(features[:, _suffix(b)], x[:, b.index : b.index + 1], out=features[:, rows])
     return features
 
@@ -125,7 +117,7 @@ def read_slope(x: Tensor, moments: Tensor, u: Tensor, degree: int) -> tuple[Tens
         out.addcmul_(part, x_i)
         slope[:, b.index] += (part * u).sum(1)
         slopes[:, _suffix(b)] += torch.bmm(block.transpose(1, 2), u * x_i)
-    for b, rows in reversed(_formed_blocks(x.shape[1], degree)):
+    for b, rows in reversed(split.formed_blocks):
         slope[:, b.index] += (slopes[:, rows] * features[:, _suffix(b)]).sum(1)
         slopes[:, _suffix(b)].addcmul_(slopes[:, rows], x[:, b.index : b.index + 1])
     if degree >= 1:

@@ -236,7 +236,7 @@ def _decode_one(
     gate = None if log_decay is None else log_decay[..., 0].to(wide_dtype(state.device)).clamp(min=FULL_RESET)
     state.append_(k, u, gate, None if visible is None else visible[:, 0])
     coefficients = series.coefficients(state.degree)
-    q = (query[:, :, 0].to(state.dtype) * state.scale).view(batch * heads, -1, state.head_dim)  # [n, g, d]
+    q = (query[:, :, 0].to(state.dtype) * state.scale).reshape(batch * heads, -1, state.head_dim)  # [n, g, d]
     weights = reading_weights(state.head_dim, coefficients, state.dtype, state.device)
     features = expand(q, state.degree) * weights
     out = torch.bmm(features, state.sums.flatten(0, 1).transpose(1, 2))  # [n, g, E]
