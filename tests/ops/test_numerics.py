@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -224,6 +225,38 @@ def test_without_gradients_nothing_is_raised():
     assert y.isnan().any()
 
 
+def attend(query, key, value, **options):
+    return ta.attention(query, key, value, degree=1, **options)
+
+
+def append(query, key, value, **options):
+    return ta.decode_(query, key, value, ta.State.zeros(1, 1, 1, 1, 1, scale=options["scale"]), **options)
+
+
+@pytest.mark.parametrize("call", [attend, append])
+@pytest.mark.parametrize("constant", [0.01, 1, 100])
+@pytest.mark.parametrize(("share", "safe"), [(2e-3, True), (0.5e-3, False), (0.0, False), (-2e-3, False)])
+def test_safe_is_a_thousandth_of_what_the_keys_give_at_score_zero(call, constant, share, safe):
+    """One key, of score share - 1, under c (1 + s)."""
+    query, key, value = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), share - 1), torch.ones(1, 1, 1, 1)
+    options = {"series": ta.series.polynomial([constant, constant]), "scale": 1.0}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = call(query, key, value, **options)
+    assert [warning.category for warning in caught] == ([] if safe else [NormaliserWarning])
+    assert bool(y.isfinite()) == safe
+
+
+@pytest.mark.parametrize("step", [attend, ta.decode_])
+def test_what_is_forgotten_asks_nothing_of_the_normaliser(step):
+    """One token after 3,000 that its gate erases: its own weight is enough."""
+    key = torch.zeros(1, 1, 3000, 1)
+    _, state = ta.attention(key, key, key, degree=1, return_state=True)
+    one = torch.ones(1, 1, 1, 1)
+    y = step(one, -0.5 * one, one, state=state, log_decay=-50 * one[..., 0])
+    assert y.item() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("degree", [0, 2, 4, 6])
 @pytest.mark.parametrize("training", [True, False])
 def test_even_degrees_are_safe_for_scores_of_any_size(degree, training):
@@ -328,6 +361,17 @@ def test_a_state_of_2_to_the_24_tokens_and_more_counts_them():
     count = 2**24 + 1000
     assert state.moments[0, 0, :, 0].tolist() == pytest.approx([count * tenth.item(), count], rel=1e-6)
     assert y.item() == pytest.approx(0.1, rel=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_single_tokens_count_beyond_what_float32_adds(causal):
+    """At 2^24 a float32 sum takes no single 1 any more; what rounding drops is handed from state to state."""
+    sums = torch.full((1, 1, 2, 1), 2.0**24)
+    state = ta.State.from_sums(sums, torch.zeros_like(sums), torch.tensor([2**24]), None, 1, 0, 1.0)
+    one = torch.ones(1, 1, 1, 1)
+    for _ in range(50):
+        _, state = ta.attention(one, one, one, degree=0, causal=causal, state=state, return_state=True)
+    assert (state.sums.double() + state.compensation.double()).flatten().tolist() == [2**24 + 50] * 2
 
 
 PREFILL = """
