@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := $(wildcard src/taylor_attention/ops/kernels/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test slow lint format clean
+.PHONY: help setup run bench test slow lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -14,7 +15,7 @@ help: ## Show this list
 setup: $(STAMP) ## Create .venv and install the package with pinned dependencies (again only when they change)
 
 # The stamp is written last: an interrupted installation is taken up again by the next `make`.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Creating $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "Installing into $(VENV) (PyTorch is a large download: some minutes the first time)"
 	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check \
@@ -25,6 +26,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 run: setup ## Show what the library does: constant time and memory per token on a real long text
 	@$(BIN)/taylor-attention demo
+
+bench: setup ## Measure attention on this machine beside softmax (about 15 minutes; results in runs/bench)
+	@$(BIN)/taylor-attention bench
 
 test: lint ## Lint, types and every test that is not slow
 	$(BIN)/python -m pytest -m "not slow"

@@ -30,6 +30,10 @@ class NormaliserWarning(UserWarning):
     """Some queries have a normaliser that is not safely positive; their output rows are NaN."""
 
 
+class BackendWarning(UserWarning):
+    """A faster way to compute is not there; results are the same."""
+
+
 def expect(condition: bool, argument: str, expected: str, got: object) -> None:
     """Raise `ArgumentError("<argument>: expected <expected>, got <got>")` unless `condition` holds."""
     if not condition:

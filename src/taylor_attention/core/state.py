@@ -217,6 +217,10 @@ class State:
             sums[part].mul_(factors[part])
             compensation[part].mul_(factors[part])
             add_compensated_(sums[part], compensation[part], increment)
+        self.empty_tail_()
+
+    def empty_tail_(self) -> None:
+        """Forget the tail's tokens, which the moments now hold."""
         for tail in (self.tail_key, self.tail_value, self.tail_log_decay):
             tail.zero_()
         self.tail_length = 0

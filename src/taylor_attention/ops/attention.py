@@ -12,6 +12,8 @@ from ..core.basis import expand, feature_count, reading_weights
 from ..core.series import Series
 from ..core.state import MAX_STATE_BYTES, State, check_state_bytes, wide_dtype
 from ..errors import NormaliserError, NormaliserWarning
+from . import compiled
+from .backends import uses_kernels
 from .operator import attend
 from .tiles import polynomial
 from .validation import (
@@ -102,7 +104,7 @@ def attention(
             exp(sum of log_decay over j < t <= i). -inf forgets everything before t.
         state: the tokens before these (left unchanged); its batch is B, or N with cu_seqlens.
         return_state: also return the state after these tokens.
-        backend: "auto" or "torch".
+        backend: "cpu" (compiled kernels), "torch" (PyTorch's own products, any device), or "auto": the fastest here.
         chunk_size: tokens per chunk; chosen by the library if None.
         max_state_bytes: larger states are refused.
 
@@ -114,7 +116,7 @@ def attention(
         a key or value makes NaN of the rows that see it, and of no other.
 
     Raises:
-        ArgumentError: an argument is not as above.
+        ArgumentError: an argument is not as above, or the backend asked for by name cannot compute here.
         NormaliserError: a normaliser is not safely positive while gradients are being recorded (inside torch.compile:
             NaN rows instead).
     """
@@ -150,11 +152,12 @@ def attention(
         causal,
         chunk_size or 0,
         return_state,
+        backend,
     )
     if positive:
         y = _divide(out, out[..., -1] == 0)  # exactly zero only where no key is visible
     else:
-        seen = _visible_weight(q, k, v, key_padding_mask, gates, cu_seqlens, sums, compensation, causal)
+        seen = _visible_weight(q, k, v, key_padding_mask, gates, cu_seqlens, sums, compensation, causal, backend)
         y = _divide_checked(out, seen, coefficients[0])
     y = y.to(query.dtype)
     if not return_state:
@@ -177,13 +180,14 @@ def decode_(
     series: Series | None = None,
     key_padding_mask: Tensor | None = None,
     log_decay: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Append tokens to a state in place and attend from them: `attention(..., state=state)` for generation.
 
     Args:
         query: [B, Hq, n, d]. key: [B, Hkv, n, d]. value: [B, Hkv, n, dv]. Usually n == 1.
         state: the tokens before; changed in place. A state of `State.zeros` begins a sequence.
-        scale, series, key_padding_mask, log_decay: as for `attention`.
+        scale, series, key_padding_mask, log_decay, backend: as for `attention`.
 
     Returns:
         y [B, Hq, n, dv] in the query's dtype.
@@ -195,6 +199,7 @@ def decode_(
     shapes = check_inputs(query, key, value, Optional(key_padding_mask, None, log_decay), degree, True)
     scale = check_scale(scale, shapes.head_dim)
     check_state(state, shapes, degree, scale, in_place=(query, key, value, log_decay))
+    check_choices(backend, None)
     series = check_series(series)
     series.coefficients(degree)  # raises before the state is touched
     with torch.no_grad():
@@ -210,13 +215,15 @@ def decode_(
                 log_decay=log_decay,
                 state=state,
                 return_state=True,
+                backend=backend,
                 max_state_bytes=state.nbytes,
             )
             state.assign_(after)
             return y
         check_data(None, log_decay, 1)
         with torch.autocast(query.device.type, enabled=False):  # sums keep their dtype whatever the caller's autocast
-            return _decode_one(query, key, value, state, series, key_padding_mask, log_decay)
+            step = _decode_compiled if uses_kernels(backend, query.device) else _decode_one
+            return step(query, key, value, state, series, key_padding_mask, log_decay)
 
 
 def _decode_one(
@@ -255,6 +262,27 @@ def _decode_one(
     return y.to(query.dtype)
 
 
+def _decode_compiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: State,
+    series: Series,
+    visible: Tensor | None,
+    log_decay: Tensor | None,
+) -> Tensor:
+    """As `_decode_one`, in one call of the compiled kernels."""
+    q, k, v = (x.to(state.dtype) for x in (query, key, value))
+    gate = None if log_decay is None else log_decay[..., 0].double().clamp(min=FULL_RESET).contiguous()
+    coefficients, positive = _resolve(series, state.degree)
+    safe = None if positive else _SAFE_SHARE * abs(coefficients[0])
+    shown = None if visible is None else visible[:, 0].contiguous()
+    y, unsafe = compiled.decode_(q, k, v, state, series, shown, gate, safe)
+    if unsafe:
+        _warn_unsafe(unsafe)
+    return y.to(query.dtype)
+
+
 def _resolve(series: Series, degree: int) -> tuple[tuple[float, ...], bool]:
     """The coefficients of a series up to a degree, and whether it is positive everywhere."""
     return series.coefficients(degree), series.is_positive(degree)
@@ -278,8 +306,12 @@ def _divide_checked(out: Tensor, seen: Tensor, constant: float) -> Tensor:
         if count and out.requires_grad:
             raise NormaliserError(_ADVICE.format(count=count))
         if count:
-            warnings.warn(_ADVICE.format(count=count) + "; their rows are NaN", NormaliserWarning, stacklevel=3)
+            _warn_unsafe(count)
     return _divide(out, seen == 0).masked_fill(unsafe.unsqueeze(-1), torch.nan)
+
+
+def _warn_unsafe(count: int) -> None:
+    warnings.warn(_ADVICE.format(count=count) + "; their rows are NaN", NormaliserWarning, stacklevel=4)
 
 
 @torch.no_grad()
@@ -293,6 +325,7 @@ def _visible_weight(
     sums: Tensor | None,
     compensation: Tensor | None,
     causal: bool,
+    backend: str,
 ) -> Tensor:
     """How many keys each query sees, faded ones for less, [B, Hq, Tq]: attention of degree 0 to values of size 0."""
     if gates is None and cu_seqlens is None:  # then counting is enough
@@ -305,7 +338,9 @@ def _visible_weight(
         sums, compensation = sums[:, :, -1:, :1].contiguous(), compensation[:, :, -1:, :1].contiguous()
     nothing = v.new_zeros(*v.shape[:3], 0)
     q, k = torch.zeros_like(q[..., :1]), torch.zeros_like(k[..., :1])
-    return attend(q, k, nothing, visible, gates, cu_seqlens, sums, compensation, (1.0,), causal, 0, False)[0][..., 0]
+    return attend(q, k, nothing, visible, gates, cu_seqlens, sums, compensation, (1.0,), causal, 0, False, backend)[0][
+        ..., 0
+    ]
 
 
 def _count(shapes: Shapes, visible: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:

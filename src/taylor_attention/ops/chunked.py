@@ -13,42 +13,15 @@ gradient of the queries; one sweep back carries the gradient of the moments and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..core.moments import RunningMoments, accumulate_, read, read_slope
-from ..core.state import wide_dtype
+from .problem import Gradients, Inputs, Problem, gradients
 from .tiles import Decay, Run, attend_within, attend_within_backward
 from .tiling import choose
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What to compute, besides the tensors: series coefficients, causal or not, the chunk asked for, keep the end."""
-
-    coefficients: tuple[float, ...]
-    causal: bool
-    chunk: int | None
-    keep: bool
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of one problem, all of the accumulating dtype.
-
-    query [B, Hq, Tq, d], key [B, Hkv, Tk, d], value [B, Hkv, Tk, dv], visible bool [B, Tk], log_decay [B, Hkv, T],
-    and the moments at the start with their compensation, [B, Hkv, E, M].
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    visible: Tensor | None
-    log_decay: Tensor | None
-    sums: Tensor | None
-    compensation: Tensor | None
 
 
 def forward(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -71,17 +44,6 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor | None, Te
     return result.contiguous(), sums.unflatten(0, (batch, heads)), compensation.unflatten(0, (batch, heads))
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of a problem's inputs, shaped like them."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    log_decay: Tensor | None
-    sums: Tensor | None
-
-
 def backward(
     inputs: Inputs, problem: Problem, grad: Tensor, grad_end: Tensor | None, out: Tensor, end: Tensor | None
 ) -> Gradients:
@@ -100,25 +62,15 @@ def backward(
         found = sweep(run, moments, by_end_rows, grads[rows], (dq[rows], dk[rows], du[rows]))
         if by_start is not None and found is not None:
             by_start[rows] = found
-    by_decay = None
-    if whole.log_decay is not None:
-        by_decay = _decay_gradient(whole, grads, _inside(out, heads), du, grad_end, end)
-    hidden = None if inputs.visible is None else ~inputs.visible[:, None]
-    dv = du[:, :-1].transpose(1, 2).unflatten(0, (batch, heads))
-    return Gradients(
-        dq.unflatten(0, (batch, heads)).permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous(),
-        _hide(dk.transpose(1, 2).unflatten(0, (batch, heads)), hidden, -1).contiguous(),
-        _hide(dv, hidden, -1).contiguous(),
-        None if by_decay is None else _hide(by_decay.unflatten(0, (batch, heads)), hidden),
+    return gradients(
+        inputs,
+        dq.unflatten(0, (batch, heads)).permute(0, 1, 3, 4, 2).flatten(1, 2),
+        dk.transpose(1, 2).unflatten(0, (batch, heads)),
+        du.transpose(1, 2).unflatten(0, (batch, heads)),
         None if by_start is None else by_start.unflatten(0, (batch, heads)),
+        (grad, out),
+        None if grad_end is None or end is None else (grad_end, end),
     )
-
-
-def _hide(x: Tensor, hidden: Tensor | None, axis: int | None = None) -> Tensor:
-    """Zeros where hidden [B, 1, T], along x's token axis."""
-    if hidden is None:
-        return x
-    return x.masked_fill(hidden if axis is None else hidden.unsqueeze(axis), 0)
 
 
 def _inside(x: Tensor, kv_heads: int) -> Tensor:
@@ -323,17 +275,3 @@ def _append_backward(run: Run, by_moments: Tensor, part: slice, decay: Decay | N
     by_u, slope = read_slope(run.k[:, :, part], by_moments, u, run.degree)
     grads[1][:, :, part] += slope
     grads[2][:, :, part] += by_u if decay is None else by_u * decay.to_end
-
-
-def _decay_gradient(
-    run: Run, grad: Tensor, out: Tensor, du: Tensor, by_end: Tensor | None, end: Tensor | None
-) -> Tensor:
-    """Gradient of the log decay, [n, T].
-
-    Key j acts on query i through exp(L_i - L_j) alone, so that d/dL_i is what the output of i feels of its own size,
-    less what key i as a whole feels of its own; the moments at the end carry exp(L_T). L is a running sum: sum back.
-    """
-    by_total = (grad * out).sum((1, 2)) - (du * run.u).sum(1)
-    if by_end is not None and end is not None:
-        by_total[:, -1:] += (by_end * end).flatten(0, 1).sum((1, 2))[:, None]
-    return by_total.to(wide_dtype(grad.device)).flip(-1).cumsum(-1).flip(-1).to(by_total.dtype)

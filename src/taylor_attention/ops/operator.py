@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..core.basis import feature_count
-from . import chunked, packed
-from .chunked import Inputs, Problem
+from . import packed
+from .backends import pick
+from .problem import Inputs, Problem
 
 
 def _problem(coefficients: Sequence[float], causal: bool, chunk: int, keep: bool) -> Problem:
@@ -40,24 +41,25 @@ def attend(
     causal: bool,
     chunk: int,
     keep: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Numerator and normaliser [B, Hq, Tq, E] and, if kept, moments and compensation at the end [N, Hkv, E, M].
 
-    The tensors are those of `chunked.Inputs`; N is the batch or the number of packed sequences; chunk 0: the library's.
+    The tensors are those of `problem.Inputs`; N is the batch or the number of packed sequences; chunk 0: the library's.
     """
     inputs = Inputs(query, key, value, visible, log_decay, sums, compensation)
-    problem = _problem(coefficients, causal, chunk, keep)
+    problem, computing = _problem(coefficients, causal, chunk, keep), pick(backend, query.device)
     with _without_autocast(query):
         if cu_seqlens is None:
-            out, end, dropped = chunked.forward(inputs, problem)
+            out, end, dropped = computing.forward(inputs, problem)
         else:
-            out, end, dropped = packed.forward(inputs, problem, cu_seqlens)
+            out, end, dropped = packed.forward(computing, inputs, problem, cu_seqlens)
     empty = query.new_empty(0)
     return out, empty if end is None else end, empty.clone() if dropped is None else dropped
 
 
 @attend.register_fake
-def _(query, key, value, visible, log_decay, cu_seqlens, sums, compensation, coefficients, causal, chunk, keep):  # type: ignore[no-untyped-def]
+def _(query, key, value, visible, log_decay, cu_seqlens, sums, compensation, coefficients, causal, chunk, keep, *_):  # type: ignore[no-untyped-def]
     out = query.new_empty(*query.shape[:3], value.shape[3] + 1)
     if not keep:
         return out, query.new_empty(0), query.new_empty(0)
@@ -83,15 +85,16 @@ def attend_backward(
     coefficients: Sequence[float],
     causal: bool,
     chunk: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, log_decay and sums (empty where that input is None)."""
     inputs = Inputs(query, key, value, visible, log_decay, sums, compensation)
-    problem = _problem(coefficients, causal, chunk, end is not None)
+    problem, computing = _problem(coefficients, causal, chunk, end is not None), pick(backend, query.device)
     with _without_autocast(query):
         if cu_seqlens is None:
-            found = chunked.backward(inputs, problem, grad, grad_end, out, end)
+            found = computing.backward(inputs, problem, grad, grad_end, out, end)
         else:
-            found = packed.backward(inputs, problem, grad, grad_end, out, end, cu_seqlens)
+            found = packed.backward(computing, inputs, problem, grad, grad_end, out, end, cu_seqlens)
     by_decay = query.new_empty(0) if found.log_decay is None else found.log_decay
     by_sums = query.new_empty(0) if found.sums is None else found.sums
     return found.query, found.key, found.value, by_decay, by_sums
@@ -105,9 +108,9 @@ def _(grad, grad_end, out, end, query, key, value, visible, log_decay, cu_seqlen
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, coefficients, causal, chunk, keep = inputs
+    *tensors, coefficients, causal, chunk, keep, backend = inputs
     ctx.save_for_backward(output[0], output[1] if keep else None, *tensors)
-    ctx.settings = (coefficients, causal, chunk)
+    ctx.settings = (coefficients, causal, chunk, backend)
     ctx.set_materialize_grads(False)
 
 
@@ -127,7 +130,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_end: Tensor | None, _: Tensor 
         None if log_decay is None else by_decay,
         None,
         None if sums is None else by_sums,
-        *([None] * 5),
+        *([None] * 6),
     )
 
 

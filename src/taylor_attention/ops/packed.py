@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..core.basis import feature_count
-from . import chunked
-from .chunked import Gradients, Inputs, Problem
+from .backends import Backend
+from .problem import Gradients, Inputs, Problem
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,15 @@ def _moments_shape(inputs: Inputs, problem: Problem) -> tuple[int, int, int]:
     return heads, inputs.value.shape[3] + 1, feature_count(head_dim, len(problem.coefficients) - 1)
 
 
-def forward(inputs: Inputs, problem: Problem, cu_seqlens: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `chunked.forward`, for packed sequences; moments come one per sequence, [N, Hkv, E, M]."""
+def forward(
+    backend: Backend, inputs: Inputs, problem: Problem, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `Backend.forward`, for packed sequences; moments come one per sequence, [N, Hkv, E, M]."""
     query, value = inputs.query, inputs.value
     out = query.new_zeros(*query.shape[:3], value.shape[3] + 1)
     ends: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in _batches(cu_seqlens, query.device):
-        part, end, dropped = chunked.forward(batch.inputs(inputs), problem)
+        part, end, dropped = backend.forward(batch.inputs(inputs), problem)
         batch.scatter_(out, part)
         if end is not None and dropped is not None:
             ends.append((batch.sequences, end, dropped))
@@ -92,6 +94,7 @@ def forward(inputs: Inputs, problem: Problem, cu_seqlens: Tensor) -> tuple[Tenso
 
 
 def backward(
+    backend: Backend,
     inputs: Inputs,
     problem: Problem,
     grad: Tensor,
@@ -100,7 +103,7 @@ def backward(
     end: Tensor | None,
     cu_seqlens: Tensor,
 ) -> Gradients:
-    """As `chunked.backward`, for packed sequences."""
+    """As `Backend.backward`, for packed sequences."""
     found = Gradients(
         inputs.query.new_zeros(inputs.query.shape),
         inputs.key.new_zeros(inputs.key.shape),
@@ -109,7 +112,7 @@ def backward(
         None if inputs.sums is None else inputs.sums.new_zeros(inputs.sums.shape),
     )
     for batch in _batches(cu_seqlens, grad.device):
-        part = chunked.backward(
+        part = backend.backward(
             batch.inputs(inputs),
             problem,
             batch.gather(grad),

@@ -13,10 +13,20 @@ from functools import lru_cache
 from ..core.basis import feature_count
 from ..core.moments import formed_count
 
-# Costs in FLOPs of a large GEMM, fitted to timings of this package's own loops on two x86 machines with AVX-512.
-_PER_SCORE = 100  # the elementwise passes over one score: polynomial, mask
-_PER_FORMED = 65  # forming one monomial of one token
-_PER_CALL = 4e5  # one framework call on a small operand
+
+@dataclass(frozen=True)
+class Costs:
+    """What a backend's work costs, in FLOPs of its large products."""
+
+    score: float  # the elementwise passes over one score: polynomial, mask
+    formed: float  # forming one monomial of one token
+    call: float  # one step of the host on a small operand
+    settled: float  # adding to one element of the moments, once per chunk
+
+
+# Fitted to timings of this package's own loops on x86 machines.
+TORCH = Costs(score=100, formed=65, call=4e5, settled=0)
+KERNELS = Costs(score=8, formed=6, call=0, settled=60)
 
 _WORKSPACE = 6 * 2**20  # elements that the tensors of one step may take together: stays near the caches
 _CHUNKS = (64, 128, 256, 512)
@@ -46,17 +56,18 @@ def choose(
     has_state: bool,
     keep_state: bool,
     chunk: int | None = None,
+    costs: Costs = TORCH,
 ) -> Tiling:
     """The cheapest cut by the cost model, or the one with the given chunk.
 
     Args:
         rows: batch x key/value heads. group: query heads per key/value head. columns: E = value_dim + 1.
-        queries, keys: lengths. chunk: what the caller asked for, if anything.
+        queries, keys: lengths. chunk: what the caller asked for, if anything. costs: the backend's.
     """
     features = feature_count(head_dim, degree)
-    per_pair = (2 * (head_dim + columns) + _PER_SCORE) * group
-    per_moment = 2 * features * columns + _PER_FORMED * formed_count(head_dim, degree)
-    calls = _PER_CALL * (20 + 2 * head_dim * max(degree - 1, 0)) / rows
+    per_pair = (2 * (head_dim + columns) + costs.score) * group
+    per_moment = 2 * features * columns + costs.formed * formed_count(head_dim, degree)
+    calls = costs.call * (20 + 2 * head_dim * max(degree - 1, 0)) / rows + costs.settled * features * columns
 
     def causal_cost(length: int) -> float:
         steps = -(-keys // length)

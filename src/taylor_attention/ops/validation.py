@@ -13,8 +13,7 @@ from torch import Tensor
 from ..core.series import EXP, Series
 from ..core.state import State
 from ..errors import expect
-
-_BACKENDS = ("auto", "torch")
+from . import backends
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def _check_optional(optional: Optional, key: Tensor, causal: bool) -> None:
 
 def check_choices(backend: str, chunk_size: int | None) -> None:
     """Check how the caller wants it computed."""
-    expect(backend in _BACKENDS, "backend", f"one of {_BACKENDS}", repr(backend))
+    expect(backend in backends.NAMES, "backend", f"one of {backends.NAMES}", repr(backend))
     good = chunk_size is None or (_is_int(chunk_size) and chunk_size >= 1)
     expect(good, "chunk_size", "an int >= 1 or None", chunk_size)
 

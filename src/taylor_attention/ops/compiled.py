@@ -1,0 +1,252 @@
+"""The compiled CPU kernels (sources in `kernels/`): whole sweeps, decoding and folding, in float32 and float64.
+
+Tensors are handed over as addresses and strides, in the order in which `kernels/module.cpp` reads them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..core.basis import feature_count, reading_weights
+from ..core.series import Series
+from ..core.state import State
+from .problem import Gradients, Inputs, Problem, gradients
+from .tiling import KERNELS, choose
+
+_PLAIN_CHUNKS = 16
+"""Sums of more chunks than this are compensated."""
+
+_PARALLEL_WORK = 2**18
+"""Multiplications below which waking another thread costs more than it brings."""
+
+
+@lru_cache(maxsize=1)
+def _load() -> ModuleType | None:
+    try:
+        return importlib.import_module("._kernels", __package__)
+    except ImportError:
+        return None
+
+
+def declines(device: torch.device) -> str:
+    """Why the kernels cannot compute on a device; empty if they can."""
+    if device.type != "cpu":
+        return f"the compiled kernels run on CPUs, not on {device.type}"
+    if _load() is None:
+        return "the compiled kernels are not installed (no wheel for this platform and no C++ compiler at installation)"
+    return ""
+
+
+def _kernels() -> ModuleType:
+    module = _load()
+    if module is None:
+        raise ImportError(declines(torch.device("cpu")))
+    return module
+
+
+def forward(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `chunked.forward`."""
+    call = _Call(inputs, problem, problem.keep)
+    batch, heads, queries, _ = inputs.query.shape
+    out = inputs.query.new_empty(batch, heads, queries, call.columns)
+    _kernels().forward(*call.numbers, out.data_ptr())
+    if call.poisoned is not None:
+        by_query = call.poisoned.repeat_interleave(heads // inputs.key.shape[1], 1)  # [B, Hq, Tk]
+        reached = by_query.cumsum(-1) > 0 if problem.causal else by_query.any(-1, keepdim=True)
+        out.masked_fill_(reached[..., None], torch.nan)
+        if problem.keep and call.sums is not None:
+            call.sums.masked_fill_(call.poisoned.any(-1)[..., None, None], torch.nan)
+    return (out, call.sums, call.compensation) if problem.keep else (out, None, None)
+
+
+def backward(
+    inputs: Inputs, problem: Problem, grad: Tensor, grad_end: Tensor | None, out: Tensor, end: Tensor | None
+) -> Gradients:
+    """As `chunked.backward`."""
+    call = _Call(inputs, problem, grad_end is not None)
+    grad, grad_end = grad.contiguous(), None if grad_end is None else grad_end.contiguous()
+    by_query, by_key = (torch.empty(x.shape, dtype=x.dtype) for x in (inputs.query, inputs.key))
+    by_column = inputs.key.new_empty(*inputs.key.shape[:3], call.columns)
+    by_start = None if inputs.sums is None else torch.empty(inputs.sums.shape, dtype=inputs.sums.dtype)
+    results = (by_query, by_key, by_column, by_start)
+    _kernels().backward(*call.numbers, *map(_address, (grad, grad_end, *results)))
+    at_end = None if grad_end is None or end is None else (grad_end, end)
+    return gradients(inputs, by_query, by_key, by_column, by_start, (grad, out), at_end)
+
+
+class _Call:
+    """The arguments that both passes share, and the tensors that have to live as long as the call."""
+
+    def __init__(self, inputs: Inputs, problem: Problem, keep: bool) -> None:
+        query, key, value = map(_entries_together, (inputs.query, inputs.key, inputs.value))
+        batch, heads, keys, head_dim = key.shape
+        queries, group, degree = query.shape[2], query.shape[1] // heads, len(problem.coefficients) - 1
+        self.columns = value.shape[3] + 1
+        visible, self.poisoned = _visible(inputs)
+        log_decay = None if inputs.log_decay is None else inputs.log_decay.contiguous()
+        tiling = choose(
+            max(1, batch * heads),
+            group,
+            queries,
+            keys,
+            head_dim,
+            self.columns,
+            degree,
+            causal=problem.causal,
+            has_state=inputs.sums is not None,
+            keep_state=keep,
+            chunk=problem.chunk,
+            costs=KERNELS,
+        )
+        self.sums, self.compensation = _moments_at_start(inputs, problem, keep or keys > _PLAIN_CHUNKS * tiling.chunk)
+        coefficients, weights = _constants(head_dim, problem.coefficients, key.dtype)
+        self._alive = (query, key, value, visible, log_decay, coefficients, weights)
+        work = batch * heads * (keys + queries * group) * len(weights) * self.columns
+        self.numbers: tuple[int, ...] = (
+            key.dtype == torch.float64,
+            head_dim,
+            degree,
+            batch,
+            heads,
+            group,
+            queries,
+            keys,
+            self.columns,
+            tiling.chunk,
+            problem.causal,
+            tiling.direct,
+            inputs.sums is not None,
+            keep,
+            _threads(work),
+            *_strided(query),
+            *_strided(key),
+            *_strided(value),
+            *map(_address, (visible, log_decay, coefficients, weights, self.sums, self.compensation)),
+        )
+
+
+def _entries_together(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _visible(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys count, bool [B, Hkv, Tk] (None: all), and which hold NaN or Inf (None: none does).
+
+    Those are hidden from the kernels, so that they cannot reach rows before them. A sum is one look at the data; where
+    it is not finite, a closer look decides.
+    """
+    shape = inputs.key.shape[:3]
+    visible = None if inputs.visible is None else inputs.visible[:, None].expand(shape)
+    if bool((inputs.key.sum() + inputs.value.sum()).isfinite()):
+        return (None if visible is None else visible.contiguous()), None
+    whole = inputs.key.isfinite().all(-1) & inputs.value.isfinite().all(-1)
+    poisoned = ~whole if visible is None else visible & ~whole
+    visible = whole if visible is None else visible & whole
+    return visible.contiguous(), poisoned if bool(poisoned.any()) else None
+
+
+def _moments_at_start(inputs: Inputs, problem: Problem, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Moments for the kernels to change, [B, Hkv, E, M]; None where they need not outlive the call."""
+    if inputs.sums is not None and inputs.compensation is not None:
+        return tuple(x.clone(memory_format=torch.contiguous_format) for x in (inputs.sums, inputs.compensation))  # type: ignore[return-value]
+    if not wanted:
+        return None, None
+    batch, heads, _, head_dim = inputs.key.shape
+    features = feature_count(head_dim, len(problem.coefficients) - 1)
+    sums = inputs.key.new_zeros(batch, heads, inputs.value.shape[3] + 1, features)
+    return sums, torch.zeros_like(sums)
+
+
+def _threads(work: int) -> int:
+    return torch.get_num_threads() if work >= _PARALLEL_WORK else 1
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _strided(x: Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), *x.stride()[:3]
+
+
+@lru_cache(maxsize=256)
+def _constants(head_dim: int, coefficients: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Coefficients and reading weights as tensors that stay."""
+    with torch.inference_mode(False):
+        return torch.tensor(coefficients, dtype=dtype), reading_weights(head_dim, coefficients, dtype)
+
+
+def decode_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: State,
+    series: Series,
+    visible: Tensor | None,
+    gate: Tensor | None,
+    safe_share: float | None,
+) -> tuple[Tensor, int]:
+    """Append one token to a state in place and attend; also how many normalisers are not safely positive.
+
+    Args:
+        query: [B, Hq, 1, d]; key, value: [B, Hkv, 1, ...]; all of the state's dtype.
+        visible: bool [B] or None. gate: float64 [B, Hkv] log decay or None.
+        safe_share: normalisers below this share of what the visible keys give at score zero make NaN; None: no check.
+    """
+    batch, heads, columns, features = state.sums.shape
+    if state.tail_length == state.tail_key.shape[3]:
+        fold_(state)
+    coefficients, weights = _constants(state.head_dim, series.coefficients(state.degree), state.dtype)
+    query, key, value = map(_entries_together, (query, key, value))
+    out = torch.empty(batch, query.shape[1], 1, columns - 1, dtype=state.dtype)
+    unsafe = _kernels().decode(
+        state.dtype == torch.float64,
+        state.head_dim,
+        state.degree,
+        batch,
+        heads,
+        query.shape[1] // heads,
+        columns,
+        state.tail_key.shape[3],
+        state.tail_length,
+        _threads(batch * query.shape[1] * columns * features),
+        state.scale,
+        -1.0 if safe_share is None else safe_share,
+        *_strided(query),
+        *_strided(key),
+        *_strided(value),
+        *map(_address, (visible, gate, coefficients, weights, state.sums, state.tail_key, state.tail_value)),
+        *map(_address, (state.log_decay, state.tail_log_decay, state.tokens, out)),
+    )
+    state.tail_length += 1
+    return out, unsafe
+
+
+def fold_(state: State) -> None:
+    """As `State.fold_`."""
+    batch, heads, columns, features = state.sums.shape
+    tensors: Sequence[Tensor] = (
+        state.sums,
+        state.compensation,
+        state.tail_key,
+        state.tail_value,
+        state.tail_log_decay,
+    )
+    _kernels().fold(
+        state.dtype == torch.float64,
+        state.head_dim,
+        state.degree,
+        batch * heads,
+        columns,
+        state.tail_key.shape[3],
+        state.tail_length,
+        _threads(batch * heads * columns * features * state.tail_length),
+        *map(_address, tensors),
+    )
+    state.empty_tail_()

@@ -1,0 +1,275 @@
+// The Python module: picks the instruction set, lends PyTorch's thread pool, hands plain numbers to the kernels.
+//
+// It knows nothing of PyTorch's C++ interface: tensors arrive as addresses and strides (ops/compiled.py checks them),
+// so that one binary serves every version of PyTorch and, by the limited API, of Python.
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <dlfcn.h>
+
+#include <map>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "problem.h"
+
+namespace taylor {
+
+namespace baseline { extern const Kernels kernels; }
+#if defined(__x86_64__)
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+#endif
+
+// A second pool of threads beside PyTorch's stalls both, so its own is used: GNU OpenMP's entry point, which PyTorch
+// has loaded for everyone to see. Where there is none, kernels run on one thread.
+using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
+static const ParallelRegion region = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+
+void parallel(Index threads, void (*body)(void*), void* data) {
+  if (region) region(body, data, static_cast<unsigned>(threads), 0);
+  else body(data);
+}
+
+namespace {
+
+struct Target {
+  const char* name;
+  const Kernels* kernels;
+};
+
+std::vector<Target> available() {
+  std::vector<Target> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2_here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2_here && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+    found.push_back({"avx512", &avx512::kernels});
+  if (avx2_here) found.push_back({"avx2", &avx2::kernels});
+#endif
+  found.push_back({"baseline", &baseline::kernels});
+  return found;
+}
+
+const std::vector<Target> targets = available();
+const Kernels* kernels = targets[0].kernels;
+
+// ---- the packed axis -------------------------------------------------------------------------------------------------
+
+constexpr Index kShortest = 48;  // shorter blocks of the highest degree are formed: too short for a product each
+
+struct OwnedLayout {
+  Layout view;
+  std::vector<Block> formed, blocks, every;
+};
+
+Index monomials(Index head_dim, Index degree) {  // C(head_dim + degree - 1, degree)
+  Index count = 1;
+  for (Index i = 1; i <= degree; ++i) count = count * (head_dim + i - 1) / i;
+  return count;
+}
+
+std::unique_ptr<OwnedLayout> make_layout(Index head_dim, Index degree) {
+  auto owned = std::make_unique<OwnedLayout>();
+  Index end = degree > 0 ? 1 + head_dim : 1;  // of the degree below
+  Index lower = end, dropped = 0;             // rows of the highest degree that are not formed
+  for (Index p = 2; p <= degree; ++p) {
+    Index start = end;
+    if (p == degree) lower = end;
+    for (Index i = 0; i < head_dim; ++i) {
+      const Index count = monomials(head_dim - i, p - 1), suffix = end - count;
+      owned->every.push_back({i, start, suffix, count});
+      if (p == degree && count >= kShortest) {
+        owned->blocks.push_back({i, start, suffix, count});
+        dropped += count;
+      } else {
+        owned->formed.push_back({i, start - dropped, suffix, count});
+      }
+      start += count;
+    }
+    end = start;
+  }
+  owned->view = {head_dim, degree, end, lower, end - lower - dropped,
+                 owned->formed.data(), Index(owned->formed.size()), owned->blocks.data(), Index(owned->blocks.size()),
+                 owned->every.data(), Index(owned->every.size())};
+  return owned;
+}
+
+const Layout* layout_of(Index head_dim, Index degree) {  // under the interpreter's lock
+  static std::map<std::pair<Index, Index>, std::unique_ptr<OwnedLayout>> known;
+  auto& found = known[{head_dim, degree}];
+  if (!found) found = make_layout(head_dim, degree);
+  return &found->view;
+}
+
+// ---- arguments -------------------------------------------------------------------------------------------------------
+
+// Takes one number after the other; the order is that of ops/compiled.py.
+class Numbers {
+ public:
+  Numbers(PyObject* const* items, Py_ssize_t count) : items_(items), count_(count) {}
+  Index integer() {
+    PyObject* item = take();
+    return item ? PyLong_AsSsize_t(item) : 0;
+  }
+  double real() {
+    PyObject* item = take();
+    return item ? PyFloat_AsDouble(item) : 0;
+  }
+  template <class P> P* pointer() {
+    PyObject* item = take();
+    return item ? static_cast<P*>(PyLong_AsVoidPtr(item)) : nullptr;
+  }
+  Strided strided() {
+    const void* data = pointer<const void>();
+    const Index batch = integer(), head = integer(), token = integer();
+    return {data, batch, head, token};
+  }
+  const Layout* layout() {
+    const Index head_dim = integer(), degree = integer();
+    return layout_of(head_dim, degree);
+  }
+  bool complete() {
+    if (at_ != count_ && !PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "expected %zd numbers, got %zd", at_, count_);
+    return !PyErr_Occurred();
+  }
+
+ private:
+  PyObject* take() {
+    if (at_++ < count_) return items_[at_ - 1];
+    return nullptr;
+  }
+  PyObject* const* items_;
+  Py_ssize_t count_, at_ = 0;
+};
+
+// Runs without the interpreter's lock; memory that is not there becomes MemoryError.
+template <class Work> bool run(const Work& work) {
+  bool done = true;
+  Py_BEGIN_ALLOW_THREADS
+  try {
+    work();
+  } catch (const std::bad_alloc&) {
+    done = false;
+  }
+  Py_END_ALLOW_THREADS
+  if (!done) PyErr_NoMemory();
+  return done;
+}
+
+Problem read_problem(Numbers& numbers) {
+  Problem p = {};
+  p.layout = numbers.layout();
+  p.batch = numbers.integer(), p.heads = numbers.integer(), p.group = numbers.integer();
+  p.queries = numbers.integer(), p.keys = numbers.integer(), p.columns = numbers.integer();
+  p.chunk = numbers.integer(), p.causal = numbers.integer(), p.direct = numbers.integer();
+  p.started = numbers.integer(), p.keep = numbers.integer(), p.threads = numbers.integer();
+  p.query = numbers.strided(), p.key = numbers.strided(), p.value = numbers.strided();
+  p.visible = numbers.pointer<const std::uint8_t>(), p.log_decay = numbers.pointer<const void>();
+  p.coefficients = numbers.pointer<const void>(), p.weights = numbers.pointer<const void>();
+  p.sums = numbers.pointer<void>(), p.compensation = numbers.pointer<void>();
+  return p;
+}
+
+PyObject* forward(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Numbers numbers(items, count);
+  const bool is_double = numbers.integer();
+  Problem p = read_problem(numbers);
+  p.out = numbers.pointer<void>();
+  if (!numbers.complete() || !run([&] { kernels->forward(p, is_double); })) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Numbers numbers(items, count);
+  const bool is_double = numbers.integer();
+  Problem p = read_problem(numbers);
+  p.grad = numbers.pointer<const void>(), p.end_grad = numbers.pointer<const void>();
+  p.query_grad = numbers.pointer<void>(), p.key_grad = numbers.pointer<void>();
+  p.column_grad = numbers.pointer<void>(), p.start_grad = numbers.pointer<void>();
+  if (!numbers.complete() || !run([&] { kernels->backward(p, is_double); })) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Numbers numbers(items, count);
+  const bool is_double = numbers.integer();
+  Step s = {};
+  s.layout = numbers.layout();
+  s.batch = numbers.integer(), s.heads = numbers.integer(), s.group = numbers.integer();
+  s.columns = numbers.integer(), s.width = numbers.integer(), s.position = numbers.integer();
+  s.threads = numbers.integer(), s.scale = numbers.real(), s.safe = numbers.real();
+  s.query = numbers.strided(), s.key = numbers.strided(), s.value = numbers.strided();
+  s.visible = numbers.pointer<const std::uint8_t>(), s.gate = numbers.pointer<const double>();
+  s.coefficients = numbers.pointer<const void>(), s.weights = numbers.pointer<const void>();
+  s.sums = numbers.pointer<const void>();
+  s.tail_key = numbers.pointer<void>(), s.tail_value = numbers.pointer<void>();
+  s.log_decay = numbers.pointer<double>(), s.tail_log_decay = numbers.pointer<double>();
+  s.tokens = numbers.pointer<std::int64_t>(), s.out = numbers.pointer<void>();
+  Index unsafe = 0;
+  if (!numbers.complete() || !run([&] { unsafe = kernels->decode(s, is_double); })) return nullptr;
+  return PyLong_FromSsize_t(unsafe);
+}
+
+PyObject* fold(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Numbers numbers(items, count);
+  const bool is_double = numbers.integer();
+  Fold f = {};
+  f.layout = numbers.layout();
+  f.rows = numbers.integer(), f.columns = numbers.integer(), f.width = numbers.integer();
+  f.length = numbers.integer(), f.threads = numbers.integer();
+  f.sums = numbers.pointer<void>(), f.compensation = numbers.pointer<void>();
+  f.tail_key = numbers.pointer<const void>(), f.tail_value = numbers.pointer<const void>();
+  f.tail_log_decay = numbers.pointer<const double>();
+  if (!numbers.complete() || !run([&] { kernels->fold(f, is_double); })) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* list_targets(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const Target& target : targets) {
+    PyObject* name = PyUnicode_FromString(target.name);
+    if (!names || !name || PyList_Append(names, name)) return nullptr;
+    Py_DECREF(name);
+  }
+  return names;
+}
+
+PyObject* use_target(PyObject*, PyObject* name) {
+  PyObject* bytes = PyUnicode_AsUTF8String(name);
+  if (!bytes) return nullptr;
+  const std::string wanted = PyBytes_AsString(bytes);
+  Py_DECREF(bytes);
+  for (const Target& target : targets)
+    if (wanted == target.name) {
+      kernels = target.kernels;
+      Py_RETURN_NONE;
+    }
+  PyErr_Format(PyExc_ValueError, "no such target on this machine: %U", name);
+  return nullptr;
+}
+
+template <class F> PyCFunction as_method(F function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"forward", as_method(forward), METH_FASTCALL, "Attention of whole sequences."},
+    {"backward", as_method(backward), METH_FASTCALL, "Gradients of `forward`."},
+    {"decode", as_method(decode), METH_FASTCALL, "Append one token and attend; the number of unsafe normalisers."},
+    {"fold", as_method(fold), METH_FASTCALL, "Add the tails of states to their moments."},
+    {"targets", list_targets, METH_NOARGS, "Instruction sets that this machine has, best first."},
+    {"use", use_target, METH_O, "Use the kernels for one of `targets()`; the best one is used without this."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", "Compiled CPU kernels.", -1, methods,
+                          nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace taylor
+
+PyMODINIT_FUNC PyInit__kernels() { return PyModule_Create(&taylor::definition); }

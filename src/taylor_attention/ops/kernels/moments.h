@@ -1,0 +1,302 @@
+// The three products across chunks (the Python twin is core/moments.py): update, read, and the slope of a read.
+//
+// With Phi the packed monomials and u = [value, 1]:
+//   update   T[e, r] += sum_t u[e, t] Phi_r(x_t)            monomials as lanes, one row per token
+//   read     y[e, t] += sum_r w_r T[e, r] Phi_r(x_t)        tokens as lanes, one row per monomial
+//   slope    dx[:, t] += d/dx_t sum_{e, r} g[e, t] w_r T[e, r] Phi_r(x_t)
+// The highest degree is formed only where its blocks are short: block i of it is x_i times a suffix of the degree below.
+#pragma once
+#include "product.h"
+
+namespace taylor {
+namespace TARGET {
+
+constexpr Index kChain = 64;   // tokens summed in a row before they join the sum of a tile
+constexpr Index kDepth = 256;  // monomials of one packed piece of T: [E, kDepth] stays in the second-level cache
+
+// Some tokens of one head, tokens last, padded with zeros to whole panels: x [d, stride].
+template <class T> struct Columns {
+  Columns(Index rows, Index tile) : stride(round_up(tile, kPanel<T>) + 16), data(rows * stride) {}
+  T* row(Index r) const { return data + r * stride; }
+  const Index stride;  // not a power of two: rows fall into different cache sets
+  Buffer<T> data;
+};
+
+// A span or block of packed rows: T columns `start...`, formed rows `formed...`; factor: the x it is multiplied by.
+struct Piece {
+  Index start, formed, count, factor;
+};
+
+template <class Body> INLINE void for_pieces(const Layout& layout, const Body& body) {
+  body(Piece{0, 0, layout.lower, -1});
+  for (Index i = 0; i < layout.block_count; ++i) {
+    const Block& block = layout.blocks[i];
+    body(Piece{block.start, block.suffix, block.count, block.index});
+  }
+  if (layout.tail) body(Piece{layout.features - layout.tail, layout.lower, layout.tail, -1});
+}
+
+// ---- read ------------------------------------------------------------------------------------------------------------
+
+// Formed monomials of a tile of tokens: per panel of tokens [rows, panel], rows contiguous.
+template <class T> struct TokenPanels {
+  TokenPanels(const Layout& layout, Index tile)
+      : rows(layout.lower + layout.tail), data(round_up(tile, kPanel<T>) * rows) {}
+  T* panel(Index first_token) const { return data + first_token * rows; }
+  const Index rows;
+  Buffer<T> data;
+};
+
+template <class T> void form(const Layout& layout, const Columns<T>& x, Index tokens, const TokenPanels<T>& features) {
+  constexpr Index L = kLanes<T>, N = kPanel<T>;
+  for (Index t = 0; t < tokens; t += N) {
+    T* phi = features.panel(t);
+    fill(phi, N, T(1));
+    if (layout.degree == 0) continue;
+    for (Index c = 0; c < layout.head_dim; ++c) {
+      store(phi + (1 + c) * N, load(x.row(c) + t));
+      store(phi + (1 + c) * N + L, load(x.row(c) + t + L));
+    }
+    for (Index i = 0; i < layout.formed_count; ++i) {
+      const Block& block = layout.formed[i];
+      const Vector<T> left = load(x.row(block.index) + t), right = load(x.row(block.index) + t + L);
+      const T* from = phi + block.suffix * N;
+      T* to = phi + block.start * N;
+      for (Index r = 0; r < block.count; ++r, from += N, to += N) {
+        store(to, left * load(from));
+        store(to + L, right * load(from + L));
+      }
+    }
+  }
+}
+
+// T[e, columns] times weights, packed as [E, kDepth + 16].
+template <class T> struct PackedMoments {
+  static constexpr Index kStride = kDepth + 16;
+  explicit PackedMoments(Index columns) : data(columns * kStride) {}
+  void fill_from(const T* moments, Index features, Index columns, const T* weights, Index start, Index count) {
+    for (Index e = 0; e < columns; ++e) {
+      const T* from = moments + e * features + start;
+      T* to = data + e * kStride;
+      if (weights)
+        for (Index r = 0; r < count; ++r) to[r] = from[r] * weights[start + r];
+      else
+        for (Index r = 0; r < count; ++r) to[r] = from[r];
+    }
+  }
+  Buffer<T> data;
+};
+
+// y[e, t] += what the tokens read; moments [E, M].
+template <class T>
+void read(const Layout& layout, const T* moments, Index columns, const T* weights, const Columns<T>& x, Index tokens,
+          const TokenPanels<T>& features, PackedMoments<T>& packed, const Columns<T>& y) {
+  constexpr Index L = kLanes<T>, N = kPanel<T>;
+  for_pieces(layout, [&](const Piece& piece) {
+    for (Index done = 0; done < piece.count; done += kDepth) {
+      const Index depth = piece.count - done < kDepth ? piece.count - done : kDepth;
+      packed.fill_from(moments, layout.features, columns, weights, piece.start + done, depth);
+      for (Index t = 0; t < tokens; t += N) {
+        const T* phi = features.panel(t) + (piece.formed + done) * N;
+        const Vector<T> one = broadcast(T(1));
+        const Vector<T> left = piece.factor < 0 ? one : load(x.row(piece.factor) + t);
+        const Vector<T> right = piece.factor < 0 ? one : load(x.row(piece.factor) + t + L);
+        product<T>(columns, packed.data, packed.kStride, phi, N, depth, [&](Index e, Vector<T> a, Vector<T> b) INLINE_LAMBDA {
+          T* to = y.row(e) + t;
+          store(to, load(to) + left * a);
+          store(to + L, load(to + L) + right * b);
+        });
+      }
+    }
+  });
+}
+
+// ---- slope -----------------------------------------------------------------------------------------------------------
+
+// dx[c, t] += the gradient by x of sum g[e, t] (read of x)[e, t]; features as formed from x.
+template <class T>
+void add_slope(const Layout& layout, const T* moments, Index columns, const T* weights, const Columns<T>& x,
+               Index tokens, const TokenPanels<T>& features, PackedMoments<T>& packed, const Columns<T>& g,
+               const TokenPanels<T>& slopes, const Columns<T>& dx) {
+  constexpr Index L = kLanes<T>, N = kPanel<T>;
+  if (layout.degree == 0) return;
+  const Index by_row = columns + 1;
+  Buffer<T> turned(kDepth * by_row);  // [kDepth, E]
+  for_pieces(layout, [&](const Piece& piece) {
+    for (Index done = 0; done < piece.count; done += kDepth) {
+      const Index depth = piece.count - done < kDepth ? piece.count - done : kDepth;
+      packed.fill_from(moments, layout.features, columns, weights, piece.start + done, depth);
+      transpose<T>(packed.data, packed.kStride, columns, depth, turned, by_row);
+      for (Index t = 0; t < tokens; t += N) {
+        T* by_phi = slopes.panel(t) + (piece.formed + done) * N;
+        if (piece.factor < 0) {
+          product<T>(depth, turned, by_row, g.row(0) + t, g.stride, columns,
+                     [&](Index r, Vector<T> a, Vector<T> b) INLINE_LAMBDA {
+                       store(by_phi + r * N, a);
+                       store(by_phi + r * N + L, b);
+                     });
+          continue;
+        }
+        const T* phi = features.panel(t) + (piece.formed + done) * N;
+        T *x_i = x.row(piece.factor) + t, *by_x = dx.row(piece.factor) + t;
+        const Vector<T> left = load(x_i), right = load(x_i + L);
+        Vector<T> by_left = load(by_x), by_right = load(by_x + L);
+        product<T>(depth, turned, by_row, g.row(0) + t, g.stride, columns,
+                   [&](Index r, Vector<T> a, Vector<T> b) INLINE_LAMBDA {
+                     by_left += a * load(phi + r * N);
+                     by_right += b * load(phi + r * N + L);
+                     store(by_phi + r * N, load(by_phi + r * N) + left * a);
+                     store(by_phi + r * N + L, load(by_phi + r * N + L) + right * b);
+                   });
+        store(by_x, by_left);
+        store(by_x + L, by_right);
+      }
+    }
+  });
+  for (Index t = 0; t < tokens; t += N) {  // back through the blocks that were formed
+    T* by_phi = slopes.panel(t);
+    const T* phi = features.panel(t);
+    for (Index i = layout.formed_count - 1; i >= 0; --i) {
+      const Block& block = layout.formed[i];
+      T *x_i = x.row(block.index) + t, *by_x = dx.row(block.index) + t;
+      const Vector<T> left = load(x_i), right = load(x_i + L);
+      Vector<T> by_left = load(by_x), by_right = load(by_x + L);
+      for (Index r = 0; r < block.count; ++r) {
+        const T *by = by_phi + (block.start + r) * N, *from = phi + (block.suffix + r) * N;
+        T* to = by_phi + (block.suffix + r) * N;
+        by_left += load(by) * load(from);
+        by_right += load(by + L) * load(from + L);
+        store(to, load(to) + left * load(by));
+        store(to + L, load(to + L) + right * load(by + L));
+      }
+      store(by_x, by_left);
+      store(by_x + L, by_right);
+    }
+    for (Index c = 0; c < layout.head_dim; ++c) {
+      T* to = dx.row(c) + t;
+      store(to, load(to) + load(by_phi + (1 + c) * N));
+      store(to + L, load(to + L) + load(by_phi + (1 + c) * N + L));
+    }
+  }
+}
+
+// ---- update ----------------------------------------------------------------------------------------------------------
+
+// Formed monomials of a tile of tokens, one row per token: [zeros, lower | tail, zeros], both parts in whole panels, so
+// that every suffix of the lower rows ends where a panel ends. Large ones are stored panel by panel.
+template <class T> struct MonomialPanels {
+  MonomialPanels(const Layout& layout, Index tile)
+      : lead(round_up(layout.lower, kPanel<T>) - layout.lower),
+        width(lead + layout.lower + round_up(layout.tail, kPanel<T>)),
+        apart(width * tile * Index(sizeof(T)) > (Index(1) << 18)),
+        row(apart ? kPanel<T> : width + (width / 16 % 2 ? 32 : 16)),
+        step(apart ? tile * kPanel<T> : kPanel<T>),
+        data(apart ? width * tile : row * tile + 16) {}
+  const T* panel(Index first_column) const { return data + first_column / kPanel<T> * step; }
+  const Index lead, width;
+  const bool apart;
+  const Index row, step;  // from token to token, from panel to panel
+  Buffer<T> data;
+};
+
+// x: one row per token [tokens, d].
+template <class T> void form(const Layout& layout, const T* x, Index tokens, const MonomialPanels<T>& features) {
+  constexpr Index L = kLanes<T>, N = kPanel<T>, kTogether = 8;
+  const Index d = layout.head_dim, lead = features.lead, width = features.width + L;
+  Buffer<T> some(features.apart ? kTogether * width + L : 0);
+  for (Index first = 0; first < tokens; first += kTogether) {
+    const Index count = tokens - first < kTogether ? tokens - first : kTogether;
+    T* phi = features.apart ? static_cast<T*>(some) : features.data + first * features.row;
+    const Index row = features.apart ? width : features.row;
+    for (Index t = 0; t < count; ++t) {
+      fill(phi + t * row, lead, T(0));
+      phi[t * row + lead] = 1;
+      if (layout.degree > 0) memcpy(phi + t * row + lead + 1, x + (first + t) * d, d * sizeof(T));
+    }
+    for (Index i = 0; i < layout.formed_count; ++i) {
+      const Block& block = layout.formed[i];
+      for (Index t = 0; t < count; ++t) {
+        const Vector<T> x_i = broadcast(x[(first + t) * d + block.index]);
+        const T* from = phi + t * row + lead + block.suffix;
+        T* to = phi + t * row + lead + block.start;
+        for (Index r = 0; r < block.count; r += L) store(to + r, x_i * load(from + r));  // beyond: overwritten next
+      }
+    }
+    const Index end = lead + layout.lower + layout.tail;
+    for (Index t = 0; t < count; ++t) fill(phi + t * row + end, features.width - end, T(0));
+    if (!features.apart) continue;
+    for (Index column = 0; column < features.width; column += N) {
+      T* to = features.data + column / N * features.step + first * N;
+      for (Index t = 0; t < count; ++t, to += N) {
+        store(to, load(phi + t * row + column));
+        store(to + L, load(phi + t * row + column + L));
+      }
+    }
+  }
+}
+
+// sum + compensation of a sum with more added, by two-sum; see add_compensated in core/moments.py.
+template <class V> INLINE void add_compensated(V& sum, V& compensation, V increment) {
+  const V total = sum + increment, other = total - sum;
+  const V dropped = (sum - (total - other)) + (increment - other) + compensation;
+  sum = total + dropped;
+  compensation = dropped - (sum - total);
+}
+
+template <class T> INLINE void add(T* sums, T* compensation, Vector<T> increment) {
+  Vector<T> sum = load(sums);
+  if (!compensation) return store(sums, sum + increment);
+  Vector<T> dropped = load(compensation);
+  add_compensated(sum, dropped, increment);
+  store(sums, sum);
+  store(compensation, dropped);
+}
+
+// moments[e, r] += weights[r] sum_t u[e, t] Phi_r(x_t), with x_columns the same tokens as the features; weights and
+// compensation may be null.
+template <class T>
+void update(const Layout& layout, const MonomialPanels<T>& features, const T* x, Index x_row, const T* u, Index u_row,
+            const T* scale, Index columns, Index tokens, T* scaled, const T* weights, T* moments, T* compensation) {
+  constexpr Index L = kLanes<T>, N = kPanel<T>;
+  for_pieces(layout, [&](const Piece& piece) {
+    const T *a = u, *factor = piece.factor < 0 ? scale : x + piece.factor * x_row;
+    Index a_row = u_row;
+    if (factor) {
+      a = scaled, a_row = tokens + 16;
+      for (Index e = 0; e < columns; ++e) {
+        const T* from = u + e * u_row;
+        T* to = scaled + e * a_row;
+        if (scale && piece.factor >= 0)
+          for (Index t = 0; t < tokens; ++t) to[t] = from[t] * factor[t] * scale[t];
+        else
+          for (Index t = 0; t < tokens; ++t) to[t] = from[t] * factor[t];
+      }
+    }
+    const Index begin = features.lead + piece.formed, end = begin + piece.count;
+    for (Index column = begin / N * N; column < end; column += N) {
+      const Index at = piece.start + column - begin;  // of the panel's first lane in the moments
+      const Index skip = column < begin ? begin - column : 0, stop = end - column < N ? end - column : N;
+      const bool whole = skip == 0 && stop == N;
+      product<T, kChain>(columns, a, a_row, features.panel(column), features.row, tokens,
+                 [&](Index e, Vector<T> left, Vector<T> right) INLINE_LAMBDA {
+                   T* to = moments + e * layout.features + at;
+                   T* dropped = compensation ? compensation + e * layout.features + at : nullptr;
+                   if (whole) {
+                     add<T>(to, dropped, weights ? left * load(weights + at) : left);
+                     add<T>(to + L, dropped ? dropped + L : nullptr, weights ? right * load(weights + at + L) : right);
+                     return;
+                   }
+                   T lanes[N];
+                   store(lanes, left);
+                   store(lanes + L, right);
+                   for (Index i = skip; i < stop; ++i) {
+                     T none = 0;
+                     add_compensated(to[i], dropped ? dropped[i] : none, weights ? lanes[i] * weights[at + i] : lanes[i]);
+                   }
+                 });
+    }
+  });
+}
+
+}  // namespace TARGET
+}  // namespace taylor

@@ -1,0 +1,98 @@
+// What the kernels are asked for: plain data, filled by module.cpp, the same for every instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace taylor {
+
+using Index = std::ptrdiff_t;
+
+// Monomials with first index `index`: `count` rows from `start`, which are x[index] times the rows from `suffix`.
+struct Block {
+  Index index, start, suffix, count;
+};
+
+// How the packed axis of M monomials is computed (the Python twin is `_split` in core/moments.py). Formed are all
+// degrees below the highest ("lower") and the last blocks of the highest ("tail"), which are too short for a product
+// each; the other blocks of the highest degree exist only inside products.
+struct Layout {
+  Index head_dim, degree, features;
+  Index lower, tail;          // formed rows: lower + tail
+  const Block* formed;        // blocks that are formed, lowest degree first; rows counted within the formed ones
+  Index formed_count;
+  const Block* blocks;        // blocks that are not; start counts packed rows, suffix formed ones
+  Index block_count;
+  const Block* every;         // every block of degree 2 and above, lowest degree first; rows of the packed axis
+  Index every_count;
+};
+
+// A tensor [batch, heads, tokens, entries] with contiguous entries; strides in elements.
+struct Strided {
+  const void* data;
+  Index batch, head, token;
+};
+
+// One call of attention, forward or backward. Rows are batch x key/value heads; E = value_dim + 1.
+struct Problem {
+  const Layout* layout;
+  Index batch, heads, group, queries, keys, columns;
+  Index chunk;                // tokens between two reads of the moments
+  bool causal;
+  bool direct;                // scores alone: nothing is read but the moments at the start
+  bool started;               // there are moments at the start
+  bool keep;                  // the moments at the end are wanted
+  Index threads;
+  Strided query, key, value;  // value without the column of ones
+  const std::uint8_t* visible;  // [rows, keys] or null; hidden keys count nowhere
+  const void* log_decay;        // [rows, keys] or null
+  const void* coefficients;     // [degree + 1]
+  const void* weights;          // reading weights c_p C_p [M]
+  void* sums;                   // [rows, E, M], changed in place; null: none before, none wanted
+  void* compensation;           // the same, or null: plain sums
+  void* out;                    // [batch, heads x group, queries, E]
+  // Backward only:
+  const void* grad;             // like out
+  const void* end_grad;         // [rows, E, M] or null
+  void* query_grad;             // [batch, heads x group, queries, d]
+  void* key_grad;               // [batch, heads, keys, d]
+  void* column_grad;            // [batch, heads, keys, E]: of [value, 1]
+  void* start_grad;             // [rows, E, M] or null
+};
+
+// One token appended to states and attended from them.
+struct Step {
+  const Layout* layout;
+  Index batch, heads, group, columns, width, position;  // tail: capacity, slot of the new token
+  Index threads;
+  double scale, safe;                  // safe: normalisers below safe x visible keys give NaN; negative: no check
+  Strided query, key, value;           // one token each
+  const std::uint8_t* visible;         // [batch] or null
+  const double* gate;                  // log decay [rows] or null
+  const void *coefficients, *weights, *sums;
+  void *tail_key, *tail_value;         // [rows, d, width], [rows, E, width]
+  double *log_decay, *tail_log_decay;  // [rows]
+  std::int64_t* tokens;                // [batch]
+  void* out;                           // [batch, heads x group, value_dim]
+};
+
+// The tail of states added to their moments.
+struct Fold {
+  const Layout* layout;
+  Index rows, columns, width, length, threads;
+  void *sums, *compensation;
+  const void *tail_key, *tail_value;
+  const double* tail_log_decay;
+};
+
+// What one instruction set offers.
+struct Kernels {
+  void (*forward)(const Problem&, bool is_double);
+  void (*backward)(const Problem&, bool is_double);
+  Index (*decode)(const Step&, bool is_double);  // number of unsafe normalisers
+  void (*fold)(const Fold&, bool is_double);
+};
+
+// Runs body(data) on several threads of PyTorch's own pool (module.cpp).
+void parallel(Index threads, void (*body)(void*), void* data);
+
+}  // namespace taylor

@@ -1,0 +1,309 @@
+// Whole sequences, one head at a time: the sweeps of ops/chunked.py in compiled form.
+//
+// A task is one row (batch x key/value head): forward some columns of [value, 1], since columns do not need each other;
+// backward either the gradient of the queries or that of keys and values, since these two do not either.
+#pragma once
+#include "scores.h"
+
+namespace taylor {
+namespace TARGET {
+
+template <class T> struct Sweep {
+  // Tokens of one tile: products over tokens get long, and what a tile takes stays bounded.
+  static Index tile_of(const Problem& p) {
+    const Index longest = p.keys > p.queries ? p.keys : p.queries;
+    const Index chunk = p.causal ? p.chunk : longest;
+    const Index rows = p.layout->lower + p.layout->tail;
+    Index most = (Index(3) << 21) / (rows * Index(sizeof(T)));  // 6 MiB of monomials
+    most = most < 64 ? 64 : most > 512 ? 512 : most;
+    return round_up(chunk < most ? (chunk < 1 ? 1 : chunk) : most, kPanel<T>);
+  }
+
+  Sweep(const Problem& p, Index row, Index begin, Index end)
+      : p(p), layout(*p.layout), d(layout.head_dim), features(layout.features), begin(begin), end(end),
+        columns(end - begin), row(row), batch(row / p.heads), head(row % p.heads), tile(tile_of(p)),
+        moments_used(!p.direct || p.keep || p.started), keys(p, tile, begin, end), q(d, tile), y(columns, tile),
+        by_token(layout, moments_used ? tile : 0), by_monomial(layout, moments_used ? tile : 0), packed(columns),
+        scaled(columns * (tile + 16)), decay(p.log_decay ? p.chunk : 0) {}
+
+  Index length(Index first, Index stop, Index most) const { return stop - first < most ? stop - first : most; }
+
+  // Body(first, tokens) for each tile of a range of tokens.
+  template <class Body> void tiles(Index from, Index to, const Body& body) {
+    for (Index first = from; first < to; first += tile) body(first, length(first, to, tile));
+  }
+
+  void load_decay(Index from, Index to) {
+    if (!p.log_decay) return;
+    const Index at = row * p.keys + from;
+    decay.load(static_cast<const T*>(p.log_decay) + at, p.visible ? p.visible + at : nullptr, to - from);
+  }
+  const Decay<T>* decaying() const { return p.log_decay ? &decay : nullptr; }
+
+  void fade(T* moments) {
+    if (p.log_decay)
+      for (Index i = 0; i < columns * features; ++i) moments[i] *= decay.whole;
+  }
+
+  const T* weights() const { return static_cast<const T*>(p.weights); }
+
+  void load_queries(Index member, Index first, Index tokens) {
+    const T* from = tokens_of<T>(p.query, batch, head * p.group + member, first);
+    load_columns<T>(from, p.query.token, tokens, d, q);
+  }
+
+  // Add the keys of a range to the moments; what is before them has faded already.
+  void append(T* sums, T* compensation, Index from, Index to) {
+    tiles(from, to, [&](Index first, Index tokens) {
+      keys.load(row, first, tokens);
+      form<T>(layout, keys.rows, tokens, by_monomial);
+      const T* scale = p.log_decay ? decay.to_end + (first - from) : nullptr;
+      update<T>(layout, by_monomial, keys.x.row(0), keys.x.stride, keys.u.row(0), keys.u.stride, scale, columns, tokens,
+                scaled, nullptr, sums, compensation);
+    });
+  }
+
+  // ---- forward -------------------------------------------------------------------------------------------------------
+
+  void forward() {
+    const Index offset = (row * p.columns + begin) * features;
+    Buffer<T> own(p.sums || !moments_used ? 0 : columns * features);
+    T* sums = p.sums ? static_cast<T*>(p.sums) + offset : own;
+    T* compensation = p.compensation ? static_cast<T*>(p.compensation) + offset : nullptr;
+    if (!p.sums && moments_used) fill(sums, columns * features, T(0));
+    if (!p.causal) {
+      if (!p.direct) append(sums, compensation, 0, p.keys);
+      answer(0, p.queries, 0, p.direct ? p.keys : 0, p.direct ? p.started : true, sums);
+      if (p.direct && p.keep) append(sums, compensation, 0, p.keys);
+      return;
+    }
+    for (Index from = 0; from < p.keys; from += p.chunk) {
+      const Index to = from + length(from, p.keys, p.chunk);
+      load_decay(from, to);
+      answer(from, to, from, to, from || p.started, sums);
+      if (to < p.keys || p.keep) {
+        fade(sums);
+        if (compensation) fade(compensation);
+        append(sums, compensation, from, to);
+      }
+    }
+  }
+
+  // Write the rows of the queries from..to, which see the moments (if past) and the keys first_key..last_key.
+  void answer(Index from, Index to, Index first_key, Index last_key, bool past, const T* sums) {
+    for (Index member = 0; member < p.group; ++member)
+      tiles(from, to, [&](Index first, Index tokens) {
+        load_queries(member, first, tokens);
+        fill(y.row(0), columns * y.stride, T(0));
+        if (past) {
+          form<T>(layout, q, tokens, by_token);
+          read<T>(layout, sums, columns, weights(), q, tokens, by_token, packed, y);
+          if (p.log_decay) scale_columns(y, columns, tokens, decay.from_start + (first - from));
+        }
+        tiles(first_key, p.causal ? first + tokens : last_key, [&](Index key, Index count) {
+          keys.load(row, key, count);
+          attend<T>(p, q, tokens, keys, {first - from, key - from, p.causal && key == first, decaying()}, blocks, y);
+        });
+        T* out = static_cast<T*>(p.out) + ((batch * p.heads + head) * p.group + member) * p.queries * p.columns;
+        transpose<T>(y.row(0), y.stride, columns, tokens, out + first * p.columns + begin, p.columns);
+      });
+  }
+
+  // ---- backward ------------------------------------------------------------------------------------------------------
+
+  const T* grad_of(Index member, Index first) const {
+    return static_cast<const T*>(p.grad) +
+           (((batch * p.heads + head) * p.group + member) * p.queries + first) * p.columns;
+  }
+
+  // d f / d s: coefficients [degree].
+  void fill_slope(T* slope) const {
+    for (Index i = 1; i <= layout.degree; ++i) slope[i - 1] = T(i) * static_cast<const T*>(p.coefficients)[i];
+  }
+
+  void backward_queries() {
+    Buffer<T> own(p.sums || !moments_used ? 0 : columns * features), slope(layout.degree + 1), u_rows(tile * columns);
+    T* sums = p.sums ? static_cast<T*>(p.sums) + row * columns * features : own;
+    if (!p.sums && moments_used) fill(sums, columns * features, T(0));
+    fill_slope(slope);
+    const Columns<T> g(columns, tile), faded(p.log_decay ? columns : 0, tile), dq(d, tile);
+    const TokenPanels<T> slopes(layout, moments_used ? tile : 0);
+    auto differentiate = [&](Index from, Index to, Index first_key, Index last_key, bool past) {
+      for (Index member = 0; member < p.group; ++member)
+        tiles(from, to, [&](Index first, Index tokens) {
+          load_queries(member, first, tokens);
+          load_columns<T>(grad_of(member, first), columns, tokens, columns, g);
+          fill(dq.row(0), d * dq.stride, T(0));
+          if (past) {
+            form<T>(layout, q, tokens, by_token);
+            if (p.log_decay) {
+              memcpy(faded.data, g.data, columns * g.stride * sizeof(T));
+              scale_columns(faded, columns, tokens, decay.from_start + (first - from));
+            }
+            add_slope<T>(layout, sums, columns, weights(), q, tokens, by_token, packed, p.log_decay ? faded : g, slopes,
+                         dq);
+          }
+          tiles(first_key, p.causal ? first + tokens : last_key, [&](Index key, Index count) {
+            keys.load(row, key, count);
+            transpose<T>(keys.u.row(0), keys.u.stride, columns, count, u_rows, columns);
+            const Pairing<T> at = {first - from, key - from, p.causal && key == first, decaying()};
+            attend_by_queries<T>(p, slope, q, g, tokens, keys, u_rows, at, blocks, dq);
+          });
+          T* to_rows = static_cast<T*>(p.query_grad) +
+                       (((batch * p.heads + head) * p.group + member) * p.queries + first) * d;
+          transpose<T>(dq.row(0), dq.stride, d, tokens, to_rows, d);
+        });
+    };
+    if (!p.causal) {
+      if (!p.direct) append(sums, nullptr, 0, p.keys);
+      return differentiate(0, p.queries, 0, p.direct ? p.keys : 0, p.direct ? p.started : true);
+    }
+    for (Index from = 0; from < p.keys; from += p.chunk) {
+      const Index to = from + length(from, p.keys, p.chunk);
+      load_decay(from, to);
+      differentiate(from, to, from, to, from || p.started);
+      if (to < p.keys) {
+        fade(sums);
+        append(sums, nullptr, from, to);
+      }
+    }
+  }
+
+  void backward_keys() {
+    const Index size = columns * features;
+    Buffer<T> own(p.start_grad || !moments_used ? 0 : size), slope(layout.degree + 1);
+    T* by_moments = p.start_grad ? static_cast<T*>(p.start_grad) + row * size : own;
+    if (moments_used || p.start_grad) {
+      if (p.end_grad) memcpy(by_moments, static_cast<const T*>(p.end_grad) + row * size, size * sizeof(T));
+      else fill(by_moments, size, T(0));
+    }
+    fill_slope(slope);
+    const Columns<T> g(columns, tile), faded(p.log_decay ? columns : 0, tile), dk(d, tile), du(columns, tile);
+    const TokenPanels<T> slopes(layout, moments_used ? tile : 0);
+    Buffer<T> q_rows(tile * d), g_rows(tile * columns);
+
+    auto load = [&](Index member, Index first, Index tokens) {
+      const T* from = tokens_of<T>(p.query, batch, head * p.group + member, first);
+      for (Index t = 0; t < tokens; ++t) memcpy(q_rows + t * d, from + t * p.query.token, d * sizeof(T));
+      load_columns<T>(q_rows, d, tokens, d, q);
+      memcpy(g_rows, grad_of(member, first), tokens * columns * sizeof(T));
+      load_columns<T>(g_rows, columns, tokens, columns, g);
+    };
+    // What the queries from..to pass to the moments that they read.
+    auto gather = [&](Index from, Index to) {
+      for (Index member = 0; member < p.group; ++member)
+        tiles(from, to, [&](Index first, Index tokens) {
+          load(member, first, tokens);
+          form<T>(layout, q_rows, tokens, by_monomial);
+          const T* scale = p.log_decay ? decay.from_start + (first - from) : nullptr;
+          update<T>(layout, by_monomial, q.row(0), q.stride, g.row(0), g.stride, scale, columns, tokens, scaled,
+                    weights(), by_moments, nullptr);
+        });
+    };
+    // Gradients of the keys from..to, which are in the moments (if read_later) and seen by the queries of their chunk.
+    auto differentiate = [&](Index from, Index to, Index first_query, Index last_query, bool read_later) {
+      tiles(from, to, [&](Index first, Index tokens) {
+        keys.load(row, first, tokens);
+        fill(dk.row(0), d * dk.stride, T(0));
+        fill(du.row(0), columns * du.stride, T(0));
+        if (read_later) {
+          const T* scale = p.log_decay ? decay.to_end + (first - from) : nullptr;
+          form<T>(layout, keys.x, tokens, by_token);
+          read<T>(layout, by_moments, columns, nullptr, keys.x, tokens, by_token, packed, du);
+          if (scale) {
+            scale_columns(du, columns, tokens, scale);
+            memcpy(faded.data, keys.u.data, columns * keys.u.stride * sizeof(T));
+            scale_columns(faded, columns, tokens, scale);
+          }
+          add_slope<T>(layout, by_moments, columns, nullptr, keys.x, tokens, by_token, packed, scale ? faded : keys.u,
+                       slopes, dk);
+        }
+        for (Index member = 0; member < p.group; ++member)
+          tiles(p.causal ? first : first_query, last_query, [&](Index query, Index count) {
+            load(member, query, count);
+            const Pairing<T> at = {first - from, query - from, p.causal && query == first, decaying()};
+            attend_by_keys<T>(p, slope, q_rows, g_rows, q, g, count, keys, at, blocks, dk, du);
+          });
+        const Index at = row * p.keys + first;
+        transpose<T>(dk.row(0), dk.stride, d, tokens, static_cast<T*>(p.key_grad) + at * d, d);
+        transpose<T>(du.row(0), du.stride, columns, tokens, static_cast<T*>(p.column_grad) + at * columns, columns);
+      });
+    };
+
+    if (!p.causal) {
+      if (!p.direct) gather(0, p.queries);
+      differentiate(0, p.keys, 0, p.direct ? p.queries : 0, p.direct ? p.keep : true);
+      if (p.direct && p.started) gather(0, p.queries);
+      return;
+    }
+    for (Index from = (p.keys - 1) / p.chunk * p.chunk; from >= 0 && p.keys; from -= p.chunk) {
+      const Index to = from + length(from, p.keys, p.chunk);
+      load_decay(from, to);
+      differentiate(from, to, from, to, to < p.keys || p.keep);
+      if (moments_used) fade(by_moments);
+      if (from || p.started) gather(from, to);
+    }
+  }
+
+  const Problem& p;
+  const Layout& layout;
+  const Index d, features, begin, end, columns, row, batch, head, tile;
+  const bool moments_used;
+  KeyTile<T> keys;
+  const Columns<T> q, y;
+  const TokenPanels<T> by_token;
+  const MonomialPanels<T> by_monomial;
+  PackedMoments<T> packed;
+  Buffer<T> scaled;
+  const ScoreBlocks<T> blocks;
+  Decay<T> decay;
+};
+
+// Tasks 0..count-1 on several threads, each taking the next one; memory that is not there is reported by the caller.
+template <class Task> struct Tasks {
+  const Task& task;
+  Index count, next, failed;
+
+  static void work(void* data) {
+    Tasks& self = *static_cast<Tasks*>(data);
+    for (;;) {
+      const Index i = __atomic_fetch_add(&self.next, 1, __ATOMIC_RELAXED);
+      if (i >= self.count) return;
+      try {
+        self.task(i);
+      } catch (const std::bad_alloc&) {
+        __atomic_store_n(&self.failed, 1, __ATOMIC_RELAXED);
+      }
+    }
+  }
+};
+
+template <class Task> void run_tasks(Index count, Index threads, const Task& task) {
+  Tasks<Task> tasks = {task, count, 0, 0};
+  if (count < threads) threads = count;
+  if (threads <= 1) tasks.work(&tasks);
+  else parallel(threads, tasks.work, &tasks);
+  if (tasks.failed) throw std::bad_alloc();
+}
+
+template <class T> void forward_rows(const Problem& p) {
+  const Index rows = p.batch * p.heads;
+  Index slices = 1;
+  while (rows * slices % p.threads && rows * slices < 4 * p.threads && slices < p.columns) ++slices;
+  run_tasks(rows * slices, p.threads, [&](Index task) {
+    const Index slice = task % slices, row = task / slices;
+    Sweep<T>(p, row, p.columns * slice / slices, p.columns * (slice + 1) / slices).forward();
+  });
+}
+
+template <class T> void backward_rows(const Problem& p) {
+  const Index rows = p.batch * p.heads;
+  run_tasks(2 * rows, p.threads, [&](Index task) {
+    Sweep<T> sweep(p, task % rows, 0, p.columns);
+    if (task < rows) sweep.backward_keys();  // the longer ones first
+    else sweep.backward_queries();
+  });
+}
+
+}  // namespace TARGET
+}  // namespace taylor
