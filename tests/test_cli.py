@@ -61,7 +61,7 @@ def checkpoint(request: pytest.FixtureRequest, folder: Path) -> Path:
 # ---- help and errors
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["train"], ["generate"], ["eval"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["plan"], ["bench"], ["train"], ["generate"], ["eval"], ["demo"]])
 def test_help_everywhere(command: list[str]):
     shown = ok(*command, "--help").stdout
     assert shown.startswith("Usage:")
@@ -70,7 +70,7 @@ def test_help_everywhere(command: list[str]):
 
 def test_without_a_command_the_commands_are_listed():
     shown = ok().stdout
-    assert all(f"\n  {name} " in shown for name in ("plan", "train", "generate", "eval", "demo"))
+    assert all(f"\n  {name} " in shown for name in ("plan", "bench", "train", "generate", "eval", "demo"))
 
 
 # {folder} is the fixture's folder; each case: what the one line must contain, and the arguments.
@@ -83,6 +83,14 @@ MISUSE = {
     "plan: kv heads": ("kv_heads: expected a divisor", *PLAN, "--kv-heads", "5"),
     "plan: dtype": ("dtype: expected", *PLAN, "--dtype", "float99"),
     "plan: radius": ("radius: expected", *PLAN, "--score-radius", "-1"),
+    "bench: head size": ("--head-dim: expected a divisor of the width 512, got 7", "bench", "--head-dim", "7"),
+    "bench: degree": ("--degree", "bench", "--degree", "-1"),
+    "bench: kind": ("--only", "bench", "--only", "bake"),
+    "bench: backend": ("backend: expected one of", "bench", "--backend", "none"),
+    "bench: rival without a function": ("--against: expected module:function", "bench", "--against", "{folder}/none"),
+    "bench: no such rival": ("--against: expected a file that", "bench", "--against", "{folder}/none.py:rival"),
+    "bench: a rival twice": ("different names", "bench", "--against", "json:dumps", "--against", "json:dumps"),
+    "bench: out": ("--out", "bench", "--out", "{folder}/noise"),
     "train: no text": ("TEXT: expected", "train", "--out", "{folder}/run"),
     "train: no such text": ("{folder}/none", "train", "{folder}/none", "--out", "{folder}/run"),
     "train: degree": ("degree: expected", "train", "{folder}/text.txt", "--out", "{folder}/run", "--degree", "-2"),

@@ -9,7 +9,8 @@ from .core.cost import break_even_context, flops_per_token, state_size
 from .core.series import Series, degree_for, error_bound
 from .core.state import State
 from .nn.attention import TaylorAttention
-from .ops.attention import attention, decode_
+from .ops.attention import attention
+from .ops.decode import decode_
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,10 +21,12 @@ import torch
 from torch import Tensor
 
 from ..core.storage import replacing
-from ..errors import TaylorAttentionError, expect, require
+from ..errors import expect, require
 from ..lm import threads
 from ..lm.generation import BLOCK
 from ..nn import LanguageModel
+from .agreement import DisagreementError, relative_difference
+from .machine import resident_bytes
 
 TOLERANCE = 1e-3
 """Largest relative L2 difference of decode and prefill logits: float32 sums in another order over a long context."""
@@ -33,10 +34,6 @@ TOLERANCE = 1e-3
 TURN = 8  # steps that a model takes in a row: enough that most find its own data in the processor's caches
 
 Notify = Callable[[str, int], None]
-
-
-class DisagreementError(TaylorAttentionError):
-    """Two ways of computing the same logits differ, so no cost is reported."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ def _pause(readers: Mapping[str, Reader], context: int, steps: int, thread_count
                 done[name] += [reader.step() for _ in range(min(TURN, steps - turn))]
     found = []
     for name, reader in readers.items():
-        difference = _difference(torch.stack([logits for _, logits in done[name]]), expected[name])
+        difference = relative_difference(torch.stack([logits for _, logits in done[name]]), expected[name])
         if not difference <= TOLERANCE:  # so that a NaN is caught as well
             raise DisagreementError(
                 f"{name}: decode and prefill logits differ by {difference:.1e} at context {context:,}, "
@@ -183,18 +180,6 @@ def _pause(readers: Mapping[str, Reader], context: int, steps: int, thread_count
             )
         )
     return found
-
-
-def _difference(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process that is in RAM now, in bytes; None where the system does not say."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def growth(rows: Sequence[Measurement], model: str) -> float:

@@ -9,6 +9,7 @@ import click
 
 from .. import __version__
 from ..errors import TaylorAttentionError
+from .bench import bench
 from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
@@ -49,5 +50,5 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (plan, train, generate, evaluate, demo):
+for command in (plan, bench, train, generate, evaluate, demo):
     app.add_command(command)

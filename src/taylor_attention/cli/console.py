@@ -75,6 +75,16 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.3g} {units[0]}"
 
 
+def make_folder(name: str) -> Path:
+    """The folder of --out, made if it is not there."""
+    folder = Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"--out: expected a folder that can be made, got {folder} ({error.strerror})") from error
+    return folder
+
+
 def load(model: str, option: str = "--model") -> LanguageModel:
     """The model of a checkpoint by path, or of a shipped one by name; in float32, ready to run.
 

@@ -22,7 +22,7 @@ from ..lm.data import CORPORA, load_split, load_text
 from ..lm.session import Session
 from ..lm.threads import thread_count
 from ..nn import LanguageModel
-from .console import emit_json, err, json_option, load, out, progress_bar, size, table
+from .console import emit_json, err, json_option, load, make_folder, out, progress_bar, size, table
 
 QUICK_TOKENS = 6_000
 LABELS = {"taylor": "Taylor, fixed state", "softmax": "softmax, key/value cache"}
@@ -64,8 +64,7 @@ def demo(
     models = {"taylor": _twin("taylor", taylor), "softmax": _twin("softmax", softmax)}
     content = load_split([text])[1] if text in CORPORA else load_text([text])
     expect(len(content) >= tokens, "--tokens", f"at most the {len(content):,} bytes of {text}", f"{tokens:,}")
-    target = Path(folder)
-    _make(target)
+    target = make_folder(folder)
     rows = _watch(models, content[:tokens], pauses, steps, threads)
     written = _continue(models["taylor"], content[:tokens], continuation, threads)
     figure = _files(target, rows, written)
@@ -85,13 +84,6 @@ def _twin(attention: str, checkpoint: str) -> LanguageModel:
     got = model.config.attention
     expect(got == attention, f"--{attention}", f"a model with {attention} attention", f"one with {got}")
     return model
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.UsageError(f"--out: expected a folder that can be made, got {folder} ({error.strerror})") from error
 
 
 def _watch(

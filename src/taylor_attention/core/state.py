@@ -39,9 +39,9 @@ _FOLD_TOGETHER = 2**22  # elements of the moments that are folded at once
 
 
 def tail_size(head_dim: int, value_dim: int, degree: int) -> int:
-    """Tokens in the tail: a power of two, large enough to make folding rare, small beside the moments."""
+    """Tokens in the tail: a power of two >= 16, large enough to make folding rare, small beside the moments."""
     balance = feature_count(head_dim, degree) * (value_dim + 1) // (2 * (head_dim + value_dim + 1))
-    return min(64, max(8, 1 << balance.bit_length() - 1 if balance else 8))
+    return min(64, max(16, 1 << balance.bit_length() - 1 if balance else 16))
 
 
 def check_state_bytes(needed: int, allowed: int, degree: int) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..core.state import State
 from ..errors import expect
-from ..ops.attention import attention, decode_
+from ..ops.attention import attention
+from ..ops.decode import decode_
 from .cache import KeyValueCache
 from .layer import Attention, Heads
 from .softmax import softmax_attention

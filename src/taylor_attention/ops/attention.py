@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
-from ..core.basis import expand, feature_count, reading_weights
+from ..core.basis import feature_count
 from ..core.series import Series
 from ..core.state import MAX_STATE_BYTES, State, check_state_bytes, wide_dtype
-from ..errors import NormaliserError, NormaliserWarning
-from . import compiled
-from .backends import uses_kernels
+from .normaliser import divide, divide_checked, resolve
 from .operator import attend
-from .tiles import polynomial
 from .validation import (
     Optional,
     Shapes,
@@ -30,16 +26,8 @@ from .validation import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_SAFE_SHARE = 1e-3
-"""A normaliser below this share of what its keys would give at score zero counts as not safely positive."""
-
 FULL_RESET = -1e3
 """A log decay below this forgets everything in either precision; clamping to it keeps differences of sums finite."""
-
-_ADVICE = (
-    "the truncated series is negative for some scores, and the normaliser of {count:,} queries is not safely positive: "
-    "use an even degree of exp (positive everywhere), or make the scores smaller (scale, QK-norm)"
-)
 
 
 class Options(TypedDict, total=False):
@@ -135,7 +123,7 @@ def attention(
         check_state_bytes(elements * shapes.sum_dtype.itemsize, max_state_bytes, degree)
     start = None if state is None else state.folded()
     series = check_series(series)
-    coefficients, positive = _resolve(series, degree)
+    coefficients, positive = resolve(series, degree)
     q, k, v = (x.to(shapes.sum_dtype) for x in (query, key, value))
     gates = None if log_decay is None else log_decay.to(shapes.sum_dtype).clamp(min=FULL_RESET)
     sums, compensation = (None, None) if start is None else (start.sums, start.compensation)
@@ -155,10 +143,10 @@ def attention(
         backend,
     )
     if positive:
-        y = _divide(out, out[..., -1] == 0)  # exactly zero only where no key is visible
+        y = divide(out, out[..., -1] == 0)  # exactly zero only where no key is visible
     else:
         seen = _visible_weight(q, k, v, key_padding_mask, gates, cu_seqlens, sums, compensation, causal, backend)
-        y = _divide_checked(out, seen, coefficients[0])
+        y = divide_checked(out, seen, coefficients[0])
     y = y.to(query.dtype)
     if not return_state:
         return y
@@ -168,150 +156,6 @@ def attention(
         tokens = tokens + state.tokens
         faded = state.log_decay.clone() if faded is None else faded + state.log_decay
     return y, State.from_sums(end, dropped, tokens, faded, shapes.head_dim, degree, scale)
-
-
-def decode_(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: State,
-    *,
-    scale: float | None = None,
-    series: Series | None = None,
-    key_padding_mask: Tensor | None = None,
-    log_decay: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Append tokens to a state in place and attend from them: `attention(..., state=state)` for generation.
-
-    Args:
-        query: [B, Hq, n, d]. key: [B, Hkv, n, d]. value: [B, Hkv, n, dv]. Usually n == 1.
-        state: the tokens before; changed in place. A state of `State.zeros` begins a sequence.
-        scale, series, key_padding_mask, log_decay, backend: as for `attention`.
-
-    Returns:
-        y [B, Hq, n, dv] in the query's dtype.
-
-    Raises:
-        ArgumentError: an argument is not as above, or gradients are being recorded; the state is unchanged.
-    """
-    degree = state.degree if isinstance(state, State) else 0
-    shapes = check_inputs(query, key, value, Optional(key_padding_mask, None, log_decay), degree, True)
-    scale = check_scale(scale, shapes.head_dim)
-    check_state(state, shapes, degree, scale, in_place=(query, key, value, log_decay))
-    check_choices(backend, None)
-    series = check_series(series)
-    series.coefficients(degree)  # raises before the state is touched
-    with torch.no_grad():
-        if shapes.queries != 1:
-            y, after = attention(
-                query,
-                key,
-                value,
-                degree=degree,
-                scale=scale,
-                series=series,
-                key_padding_mask=key_padding_mask,
-                log_decay=log_decay,
-                state=state,
-                return_state=True,
-                backend=backend,
-                max_state_bytes=state.nbytes,
-            )
-            state.assign_(after)
-            return y
-        check_data(None, log_decay, 1)
-        with torch.autocast(query.device.type, enabled=False):  # sums keep their dtype whatever the caller's autocast
-            step = _decode_compiled if uses_kernels(backend, query.device) else _decode_one
-            return step(query, key, value, state, series, key_padding_mask, log_decay)
-
-
-def _decode_one(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: State,
-    series: Series,
-    visible: Tensor | None,
-    log_decay: Tensor | None,
-) -> Tensor:
-    """One token: the moments are read once, the tail is attended to exactly as inside a chunk."""
-    batch, heads = key.shape[:2]
-    k, v = key[:, :, 0].to(state.dtype), value[:, :, 0].to(state.dtype)
-    u = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
-    u = u + (k * 0).sum(-1, keepdim=True) + (v * 0).sum(-1, keepdim=True)  # all NaN if any is not finite
-    gate = None if log_decay is None else log_decay[..., 0].to(wide_dtype(state.device)).clamp(min=FULL_RESET)
-    state.append_(k, u, gate, None if visible is None else visible[:, 0])
-    coefficients = series.coefficients(state.degree)
-    q = (query[:, :, 0].to(state.dtype) * state.scale).reshape(batch * heads, -1, state.head_dim)  # [n, g, d]
-    weights = reading_weights(state.head_dim, coefficients, state.dtype, state.device)
-    features = expand(q, state.degree) * weights
-    out = torch.bmm(features, state.sums.flatten(0, 1).transpose(1, 2))  # [n, g, E]
-    if bool(state.tail_log_decay.any()):
-        out *= state.tail_log_decay.exp().to(state.dtype).view(-1, 1, 1)
-    tail = slice(0, state.tail_length)
-    near = polynomial(torch.bmm(q, state.tail_key.flatten(0, 1)[..., tail]), coefficients)
-    out.baddbmm_(near, state.tail_value.flatten(0, 1)[..., tail].transpose(1, 2))
-    out = out.view(batch, -1, 1, u.shape[-1])
-    if series.is_positive(state.degree):
-        y = _divide(out, out[..., -1] == 0)
-    else:
-        degree_zero = state.sums[:, :, -1, 0] * state.tail_log_decay.exp().to(state.dtype)
-        seen = (degree_zero + state.tail_value[:, :, -1, tail].sum(-1)).repeat_interleave(q.shape[1], 1)
-        y = _divide_checked(out, seen[..., None], coefficients[0])
-    return y.to(query.dtype)
-
-
-def _decode_compiled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: State,
-    series: Series,
-    visible: Tensor | None,
-    log_decay: Tensor | None,
-) -> Tensor:
-    """As `_decode_one`, in one call of the compiled kernels."""
-    q, k, v = (x.to(state.dtype) for x in (query, key, value))
-    gate = None if log_decay is None else log_decay[..., 0].double().clamp(min=FULL_RESET).contiguous()
-    coefficients, positive = _resolve(series, state.degree)
-    safe = None if positive else _SAFE_SHARE * abs(coefficients[0])
-    shown = None if visible is None else visible[:, 0].contiguous()
-    y, unsafe = compiled.decode_(q, k, v, state, series, shown, gate, safe)
-    if unsafe:
-        _warn_unsafe(unsafe)
-    return y.to(query.dtype)
-
-
-def _resolve(series: Series, degree: int) -> tuple[tuple[float, ...], bool]:
-    """The coefficients of a series up to a degree, and whether it is positive everywhere."""
-    return series.coefficients(degree), series.is_positive(degree)
-
-
-# Exact arithmetic on Python integers is nothing for a tracer. This is all that torch.compiler.assume_constant_result
-# does, without the second that importing the compiler takes.
-_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _divide(out: Tensor, empty: Tensor) -> Tensor:
-    """N / Z from [N | Z], zeros where no key was visible."""
-    return out[..., :-1] / torch.where(empty, 1, out[..., -1]).unsqueeze(-1)
-
-
-def _divide_checked(out: Tensor, seen: Tensor, constant: float) -> Tensor:
-    """As `_divide`; NaN rows where Z is not safely positive, and an error if gradients are recorded."""
-    unsafe = ~(out[..., -1] > _SAFE_SHARE * abs(constant) * seen) & (seen != 0)
-    if not torch.compiler.is_compiling():
-        count = int(unsafe.sum())
-        if count and out.requires_grad:
-            raise NormaliserError(_ADVICE.format(count=count))
-        if count:
-            _warn_unsafe(count)
-    return _divide(out, seen == 0).masked_fill(unsafe.unsqueeze(-1), torch.nan)
-
-
-def _warn_unsafe(count: int) -> None:
-    warnings.warn(_ADVICE.format(count=count) + "; their rows are NaN", NormaliserWarning, stacklevel=4)
 
 
 @torch.no_grad()

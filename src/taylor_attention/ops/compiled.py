@@ -5,7 +5,6 @@ Tensors are handed over as addresses and strides, in the order in which `kernels
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..core.basis import feature_count, reading_weights
-from ..core.series import Series
 from ..core.state import State
 from .problem import Gradients, Inputs, Problem, gradients
 from .tiling import KERNELS, choose
@@ -22,16 +20,20 @@ from .tiling import KERNELS, choose
 _PLAIN_CHUNKS = 16
 """Sums of more chunks than this are compensated."""
 
-_PARALLEL_WORK = 2**18
-"""Multiplications below which waking another thread costs more than it brings."""
+_PARALLEL_WORK = 2**22
+"""Multiplications of whole sequences below which waking another thread costs more than it brings."""
+
+_PARALLEL_READ = 2**20
+"""The same for elements of the moments read by one decoding step."""
 
 
 @lru_cache(maxsize=1)
 def _load() -> ModuleType | None:
     try:
-        return importlib.import_module("._kernels", __package__)
+        from . import _kernels  # type: ignore[attr-defined]
     except ImportError:
         return None
+    return _kernels
 
 
 def declines(device: torch.device) -> str:
@@ -163,8 +165,8 @@ def _moments_at_start(inputs: Inputs, problem: Problem, wanted: bool) -> tuple[T
     return sums, torch.zeros_like(sums)
 
 
-def _threads(work: int) -> int:
-    return torch.get_num_threads() if work >= _PARALLEL_WORK else 1
+def _threads(work: int, least: int = _PARALLEL_WORK) -> int:
+    return torch.get_num_threads() if work >= least else 1
 
 
 def _address(x: Tensor | None) -> int:
@@ -187,7 +189,7 @@ def decode_(
     key: Tensor,
     value: Tensor,
     state: State,
-    series: Series,
+    coefficients: tuple[float, ...],
     visible: Tensor | None,
     gate: Tensor | None,
     safe_share: float | None,
@@ -195,37 +197,54 @@ def decode_(
     """Append one token to a state in place and attend; also how many normalisers are not safely positive.
 
     Args:
-        query: [B, Hq, 1, d]; key, value: [B, Hkv, 1, ...]; all of the state's dtype.
+        query: [B, Hq, 1, d]; key, value: [B, Hkv, 1, ...].
         visible: bool [B] or None. gate: float64 [B, Hkv] log decay or None.
         safe_share: normalisers below this share of what the visible keys give at score zero make NaN; None: no check.
+
+    Returns:
+        y [B, Hq, 1, dv] in the query's dtype, and the number of rows that are NaN for the reason above.
     """
-    batch, heads, columns, features = state.sums.shape
+    sums, dtype = state.sums, query.dtype
+    batch, heads, columns, features = sums.shape
     if state.tail_length == state.tail_key.shape[3]:
         fold_(state)
-    coefficients, weights = _constants(state.head_dim, series.coefficients(state.degree), state.dtype)
-    query, key, value = map(_entries_together, (query, key, value))
-    out = torch.empty(batch, query.shape[1], 1, columns - 1, dtype=state.dtype)
+    if dtype != sums.dtype:
+        query, key, value = query.to(sums.dtype), key.to(sums.dtype), value.to(sums.dtype)
+    query, key, value = _entries_together(query), _entries_together(key), _entries_together(value)
+    _, _, head_dim, width = state.tail_key.shape
+    series, weights = _constants(head_dim, coefficients, sums.dtype)
+    query_heads = query.shape[1]
+    out = sums.new_empty((batch, query_heads, 1, columns - 1))
     unsafe = _kernels().decode(
-        state.dtype == torch.float64,
-        state.head_dim,
+        sums.dtype == torch.float64,
+        head_dim,
         state.degree,
         batch,
         heads,
-        query.shape[1] // heads,
+        query_heads // heads,
         columns,
-        state.tail_key.shape[3],
+        width,
         state.tail_length,
-        _threads(batch * query.shape[1] * columns * features),
+        _threads(batch * heads * columns * features, _PARALLEL_READ),
         state.scale,
         -1.0 if safe_share is None else safe_share,
         *_strided(query),
         *_strided(key),
         *_strided(value),
-        *map(_address, (visible, gate, coefficients, weights, state.sums, state.tail_key, state.tail_value)),
-        *map(_address, (state.log_decay, state.tail_log_decay, state.tokens, out)),
+        0 if visible is None else visible.data_ptr(),
+        0 if gate is None else gate.data_ptr(),
+        series.data_ptr(),
+        weights.data_ptr(),
+        sums.data_ptr(),
+        state.tail_key.data_ptr(),
+        state.tail_value.data_ptr(),
+        state.log_decay.data_ptr(),
+        state.tail_log_decay.data_ptr(),
+        state.tokens.data_ptr(),
+        out.data_ptr(),
     )
     state.tail_length += 1
-    return out, unsafe
+    return out.to(dtype), unsafe
 
 
 def fold_(state: State) -> None:

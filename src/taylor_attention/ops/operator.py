@@ -6,7 +6,7 @@ does not look. Results that are not wanted are empty tensors, since an operator 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,7 @@ def _without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-@torch.library.custom_op("taylor_attention::attend", mutates_args=())
-def attend(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -58,8 +57,8 @@ def attend(
     return out, empty if end is None else end, empty.clone() if dropped is None else dropped
 
 
-@attend.register_fake
-def _(query, key, value, visible, log_decay, cu_seqlens, sums, compensation, coefficients, causal, chunk, keep, *_):  # type: ignore[no-untyped-def]
+def _fake_attend(query, key, value, visible, log_decay, cu_seqlens, sums, compensation, coefficients, *rest):  # type: ignore[no-untyped-def]
+    _causal, _chunk, keep, _backend = rest
     out = query.new_empty(*query.shape[:3], value.shape[3] + 1)
     if not keep:
         return out, query.new_empty(0), query.new_empty(0)
@@ -68,8 +67,7 @@ def _(query, key, value, visible, log_decay, cu_seqlens, sums, compensation, coe
     return out, query.new_empty(shape), query.new_empty(shape)
 
 
-@torch.library.custom_op("taylor_attention::attend_backward", mutates_args=())
-def attend_backward(
+def _attend_backward(
     grad: Tensor,
     grad_end: Tensor | None,
     out: Tensor,
@@ -100,8 +98,7 @@ def attend_backward(
     return found.query, found.key, found.value, by_decay, by_sums
 
 
-@attend_backward.register_fake
-def _(grad, grad_end, out, end, query, key, value, visible, log_decay, cu_seqlens, sums, *rest):  # type: ignore[no-untyped-def]
+def _fake_attend_backward(grad, grad_end, out, end, query, key, value, visible, log_decay, cu_seqlens, sums, *rest):  # type: ignore[no-untyped-def]
     by_decay = query.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
     by_sums = query.new_empty(0) if sums is None else sums.new_empty(sums.shape)
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), by_decay, by_sums
@@ -134,4 +131,19 @@ def _backward(ctx: Any, grad: Tensor | None, grad_end: Tensor | None, _: Tensor 
     )
 
 
-attend.register_autograd(_backward, setup_context=_setup_context)
+# Registered piece by piece: the decorator torch.library.custom_op imports the whole compiler at the first call, which
+# takes longer than most calls ever will.
+_LIBRARY = torch.library.Library("taylor_attention", "DEF")
+
+
+def _register(name: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    schema = torch.library.infer_schema(compute, mutates_args=())
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"taylor_attention::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.taylor_attention, name).default
+
+
+attend_backward = _register("attend_backward", _attend_backward, _fake_attend_backward)
+attend = _register("attend", _attend, _fake_attend)
+torch.library.register_autograd("taylor_attention::attend", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -5,25 +5,45 @@
 namespace taylor {
 namespace TARGET {
 
-// All monomials of x [d] times weights, [M]; the result must have room for one vector more.
-template <class T> void expand(const Layout& layout, const T* x, const T* weights, T* to) {
+// Query heads that are answered together: their monomials are formed side by side, since each degree reads what the
+// one below has just written, and they read the moments of a shared key/value head block by block.
+constexpr Index kTogether = 8;
+constexpr Index kBlock = 512;  // columns of the moments that stay in the caches while several heads read them
+
+// All monomials of `count` vectors x [count, d], times weights: to [count, stride], stride >= M + one vector.
+template <class T>
+void expand(const Layout& layout, const T* x, Index count, const T* weights, T* to, Index stride) {
   constexpr Index L = kLanes<T>;
-  to[0] = 1;
-  for (Index c = 0; layout.degree > 0 && c < layout.head_dim; ++c) to[1 + c] = x[c];
-  for (Index i = 0; i < layout.every_count; ++i) {
-    const Block& block = layout.every[i];
-    const Vector<T> x_i = broadcast(x[block.index]);
-    for (Index r = 0; r < block.count; r += L) store(to + block.start + r, x_i * load(to + block.suffix + r));
+  const Index d = layout.head_dim, features = layout.features;
+  for (Index i = 0; i < count; ++i) {
+    to[i * stride] = 1;
+    for (Index c = 0; layout.degree > 0 && c < d; ++c) to[i * stride + 1 + c] = x[i * d + c];
   }
-  for (Index r = 0; r < layout.features; ++r) to[r] *= weights[r];
+  for (Index b = 0; b < layout.every_count; ++b) {
+    const Block& block = layout.every[b];
+    for (Index i = 0; i < count; ++i) {
+      const Vector<T> factor = broadcast(x[i * d + block.index]);
+      const T* from = to + i * stride + block.suffix;
+      T* start = to + i * stride + block.start;
+      for (Index r = 0; r < block.count; r += L) store(start + r, factor * load(from + r));  // beyond: written next
+    }
+  }
+  for (Index i = 0; i < count; ++i) {
+    T* row = to + i * stride;
+    Index r = 0;
+    for (; r + L <= features; r += L) store(row + r, load(row + r) * load(weights + r));
+    for (; r < features; ++r) row[r] *= weights[r];
+  }
 }
 
-// out[e] = sum_r rows[e, r] x[r] for R rows at once.
-template <int R, class T> INLINE void dot(const T* rows, Index stride, const T* x, Index count, T* out) {
+// totals[e] (one vector each) += rows[e, r] x[r] for R rows and `count` columns, not reduced. A last part shorter than a
+// vector is read together with what stands before it, which counts as zero (`last`: x there, zeros before).
+template <int R, class T>
+INLINE void dots(const T* rows, Index stride, const T* x, Index count, const T* last, T* totals) {
   constexpr Index L = kLanes<T>;
   Vector<T> total[R][2];
 #pragma GCC unroll 16
-  for (int e = 0; e < R; ++e) total[e][0] = total[e][1] = Vector<T>{};
+  for (int e = 0; e < R; ++e) total[e][0] = load(totals + e * L), total[e][1] = Vector<T>{};
   Index r = 0;
   for (; r + 2 * L <= count; r += 2 * L) {
     const Vector<T> left = load(x + r), right = load(x + r + L);
@@ -33,35 +53,58 @@ template <int R, class T> INLINE void dot(const T* rows, Index stride, const T* 
       total[e][1] += right * load(rows + e * stride + r + L);
     }
   }
+  if (r + L <= count) {
+    const Vector<T> left = load(x + r);
 #pragma GCC unroll 16
-  for (int e = 0; e < R; ++e) {
-    T rest = 0;
-    for (Index i = r; i < count; ++i) rest += rows[e * stride + i] * x[i];
-    out[e] = rest + sum<T>(total[e][0] + total[e][1]);
+    for (int e = 0; e < R; ++e) total[e][0] += left * load(rows + e * stride + r);
+    r += L;
   }
+  if (r < count) {
+    const Vector<T> rest = load(last);
+#pragma GCC unroll 16
+    for (int e = 0; e < R; ++e) total[e][1] += rest * load(rows + e * stride + count - L);
+  }
+#pragma GCC unroll 16
+  for (int e = 0; e < R; ++e) store(totals + e * L, total[e][0] + total[e][1]);
 }
 
-template <class T> void dots(const T* rows, Index stride, Index columns, const T* x, Index count, T* out) {
-  Index e = 0;
-  for (; e + 4 <= columns; e += 4) dot<4, T>(rows + e * stride, stride, x, count, out + e);
-  switch (columns - e) {
-    case 3: dot<3, T>(rows + e * stride, stride, x, count, out + e); break;
-    case 2: dot<2, T>(rows + e * stride, stride, x, count, out + e); break;
-    case 1: dot<1, T>(rows + e * stride, stride, x, count, out + e); break;
+// totals[e, :] += rows[e, :count] * x[:count] for all columns e of [value, 1].
+template <class T> void add_dots(const T* rows, Index stride, Index columns, const T* x, Index count, T* totals) {
+  constexpr Index L = kLanes<T>;
+  if (count < L) {  // too short for a vector of any kind
+    for (Index e = 0; e < columns; ++e)
+      for (Index r = 0; r < count; ++r) totals[e * L] += rows[e * stride + r] * x[r];
+    return;
   }
+  T last[L] = {};
+  for (Index i = count % L; i > 0; --i) last[L - i] = x[count - i];
+  for_tiles(columns, [&](auto height, Index first) INLINE_LAMBDA {
+    constexpr int R = decltype(height)::value;
+    dots<R, T>(rows + first * stride, stride, x, count, last, totals + first * L);
+  });
 }
 
+// The steps of some rows (batch x key/value heads), by one thread.
 template <class T> struct Decoding {
-  const Step& s;
-  const Layout& layout;
+  static constexpr Index L = kLanes<T>;
+
+  explicit Decoding(const Step& s)
+      : s(s), layout(*s.layout), d(layout.head_dim), stride(round_up(layout.features, 16) + L),
+        together(clamp((Index(1) << 17) / (stride * Index(sizeof(T))))), q(together * d), features(together * stride),
+        near(s.width), totals(s.group * s.columns * L) {}
+
+  static Index clamp(Index heads) { return heads < 1 ? 1 : heads > kTogether ? kTogether : heads; }
+
+  const T* sums(Index row) const { return static_cast<const T*>(s.sums) + row * s.columns * layout.features; }
+  T* tail_keys(Index row) const { return static_cast<T*>(s.tail_key) + row * d * s.width; }
+  T* tail_values(Index row) const { return static_cast<T*>(s.tail_value) + row * s.columns * s.width; }
 
   // Put the token into the tail of a row.
   void append(Index row) const {
-    const Index batch = row / s.heads, head = row % s.heads, d = layout.head_dim;
+    const Index batch = row / s.heads, head = row % s.heads;
     const bool visible = !s.visible || s.visible[batch];
     const T *key = tokens_of<T>(s.key, batch, head, 0), *value = tokens_of<T>(s.value, batch, head, 0);
-    T* keys = static_cast<T*>(s.tail_key) + row * d * s.width + s.position;
-    T* values = static_cast<T*>(s.tail_value) + row * s.columns * s.width;
+    T *keys = tail_keys(row) + s.position, *values = tail_values(row);
     T broken = 0;  // NaN if anything is not finite: then the whole row of values is
     for (Index c = 0; c < d; ++c) broken += key[c] * 0;
     for (Index e = 0; e + 1 < s.columns; ++e) broken += value[e] * 0;
@@ -77,69 +120,94 @@ template <class T> struct Decoding {
       values[e * s.width + s.position] = visible ? (e + 1 < s.columns ? value[e] : 1) + broken : 0;
   }
 
-  // The answer of one query head, [N, Z]; returns what its visible keys would give at score zero.
-  void attend(Index row, const T* q, T* features, T* near, T* out) const {
-    const Index d = layout.head_dim, columns = s.columns, length = s.position + 1;
-    const T* sums = static_cast<const T*>(s.sums) + row * columns * layout.features;
-    const T* keys = static_cast<const T*>(s.tail_key) + row * d * s.width;
-    const T* values = static_cast<const T*>(s.tail_value) + row * columns * s.width;
-    expand<T>(layout, q, static_cast<const T*>(s.weights), features);
-    dots<T>(sums, layout.features, columns, features, layout.features, out);
-    const T faded = s.tail_log_decay[row] == 0 ? T(1) : T(exp(s.tail_log_decay[row]));
-    for (Index t = 0; t < length; ++t) near[t] = 0;
-    for (Index c = 0; c < d; ++c)
-      for (Index t = 0; t < length; ++t) near[t] += q[c] * keys[c * s.width + t];
-    const T* coefficients = static_cast<const T*>(s.coefficients);
-    for (Index t = 0; t < length; ++t) {
-      T value = coefficients[layout.degree];
-      for (Index i = layout.degree - 1; i >= 0; --i) value = value * near[t] + coefficients[i];
-      near[t] = value;
+  // Answer query heads first..last, counted over all rows; returns how many normalisers are unsafe.
+  Index answer(Index first, Index last) {
+    for (Index i = first; i < last; ++i) {
+      const Index row = i / s.group;
+      const T* query = tokens_of<T>(s.query, row / s.heads, row % s.heads * s.group + i % s.group, 0);
+      for (Index c = 0; c < d; ++c) q[(i - first) * d + c] = query[c] * T(s.scale);
     }
-    for (Index e = 0; e < columns; ++e) {
-      T total;
-      dot<1, T>(values + e * s.width, s.width, near, length, &total);
-      out[e] = out[e] * faded + total;
-    }
-  }
-
-  T visible_weight(Index row) const {
-    const T* values = static_cast<const T*>(s.tail_value) + (row + 1) * s.columns * s.width - s.width;
-    T seen = static_cast<const T*>(s.sums)[((row + 1) * s.columns - 1) * layout.features];
-    seen *= T(exp(s.tail_log_decay[row]));
-    for (Index t = 0; t <= s.position; ++t) seen += values[t];
-    return seen;
-  }
-
-  // The whole step for one row; returns how many of its normalisers are unsafe.
-  Index run(Index row) const {
-    const Index batch = row / s.heads, head = row % s.heads, d = layout.head_dim, values = s.columns - 1;
-    Buffer<T> q(d), features(layout.features + kLanes<T>), near(s.width), found(s.columns);
-    append(row);
+    expand<T>(layout, q, last - first, static_cast<const T*>(s.weights), features, stride);
     Index unsafe = 0;
-    for (Index member = 0; member < s.group; ++member) {
-      const T* query = tokens_of<T>(s.query, batch, head * s.group + member, 0);
-      for (Index c = 0; c < d; ++c) q[c] = query[c] * T(s.scale);
-      attend(row, q, features, near, found);
-      const T z = found[values];
-      bool empty = z == 0, bad = false;
-      if (s.safe >= 0) {
-        const T seen = visible_weight(row);
-        empty = seen == 0;
-        bad = !(z > T(s.safe) * seen) && !empty;
-        unsafe += bad;
-      }
-      T* out = static_cast<T*>(s.out) + (row * s.group + member) * values;
-      for (Index e = 0; e < values; ++e) out[e] = bad ? T(NAN) : empty ? found[e] : found[e] / z;
+    for (Index i = first; i < last;) {
+      const Index row = i / s.group, stop = (row + 1) * s.group < last ? (row + 1) * s.group : last;
+      read(row, i - first, stop - i);
+      for (Index member = 0; i < stop; ++i, ++member) unsafe += finish(row, i, i - first, totals + member * s.columns * L);
     }
     return unsafe;
   }
+
+  // totals[member, e] = what `count` heads of a row, from the one at `at`, read from its moments.
+  void read(Index row, Index at, Index count) {
+    fill(static_cast<T*>(totals), count * s.columns * L, T(0));
+    const Index block = count > 1 ? kBlock : layout.features;
+    for (Index r = 0; r < layout.features; r += block) {
+      const Index width = layout.features - r < block ? layout.features - r : block;
+      for (Index i = 0; i < count; ++i)
+        add_dots<T>(sums(row) + r, layout.features, s.columns, features + (at + i) * stride + r, width,
+                    totals + i * s.columns * L);
+    }
+  }
+
+  // Add the tail, divide, write; whether the normaliser is unsafe.
+  bool finish(Index row, Index query_head, Index at, T* total) {
+    const Index length = s.position + 1;
+    const T *keys = tail_keys(row), *values = tail_values(row), *x = q + at * d;
+    const T* coefficients = static_cast<const T*>(s.coefficients);
+    if (s.tail_log_decay[row] != 0) {
+      const T faded = T(exp(s.tail_log_decay[row]));
+      for (Index i = 0; i < s.columns * L; ++i) total[i] *= faded;
+    }
+    for (Index t = 0; t < length; t += L) {  // the width of a tail is a multiple of every vector's
+      Vector<T> score = {};
+      for (Index c = 0; c < d; ++c) score += x[c] * load(keys + c * s.width + t);
+      Vector<T> weight = broadcast(coefficients[layout.degree]);
+      for (Index p = layout.degree - 1; p >= 0; --p) weight = weight * score + coefficients[p];
+      store(near + t, weight);
+    }
+    add_dots<T>(values, s.width, s.columns, near, length, total);
+    T* out = static_cast<T*>(s.out) + query_head * (s.columns - 1);
+    const T z = sum<T>(load(total + (s.columns - 1) * L));
+    bool empty = z == 0, bad = false;
+    if (s.safe >= 0) {
+      const T seen = visible_weight(row);
+      empty = seen == 0;
+      bad = !(z > T(s.safe) * seen) && !empty;
+    }
+    for (Index e = 0; e + 1 < s.columns; ++e) {
+      const T n = sum<T>(load(total + e * L));
+      out[e] = bad ? T(NAN) : empty ? n : n / z;
+    }
+    return bad;
+  }
+
+  // What the visible keys of a row would give at score zero.
+  T visible_weight(Index row) const {
+    const T* ones = tail_values(row) + (s.columns - 1) * s.width;
+    T seen = sums(row)[(s.columns - 1) * layout.features] * T(exp(s.tail_log_decay[row]));
+    for (Index t = 0; t <= s.position; ++t) seen += ones[t];
+    return seen;
+  }
+
+  const Step& s;
+  const Layout& layout;
+  const Index d, stride, together;
+  Buffer<T> q, features, near, totals;
 };
 
 template <class T> Index decode_rows(const Step& s) {
-  const Decoding<T> decoding = {s, *s.layout};
+  const Index rows = s.batch * s.heads, parts = s.threads > 1 && rows > s.threads ? 4 * s.threads : s.threads;
   Index unsafe = 0;
-  run_tasks(s.batch * s.heads, s.threads, [&](Index row) {
-    __atomic_fetch_add(&unsafe, decoding.run(row), __ATOMIC_RELAXED);
+  run_tasks(parts, s.threads, [&](Index part) {
+    Decoding<T> decoding(s);
+    const Index begin = rows * part / parts, end = rows * (part + 1) / parts;
+    for (Index row = begin; row < end; ++row) decoding.append(row);
+    Index found = 0;
+    for (Index i = begin * s.group, stop; i < end * s.group; i = stop) {
+      stop = i + decoding.together < end * s.group ? i + decoding.together : end * s.group;
+      found += decoding.answer(i, stop);
+    }
+    __atomic_fetch_add(&unsafe, found, __ATOMIC_RELAXED);
   });
   for (Index b = 0; b < s.batch; ++b) s.tokens[b] += s.visible ? s.visible[b] : 1;
   return unsafe;

@@ -29,10 +29,15 @@ template <class T> INLINE Vector<T> load(const T* p) {
 template <class T> INLINE void store(T* p, Vector<T> x) { *reinterpret_cast<typename Simd<T>::Unaligned*>(p) = x; }
 template <class T> INLINE Vector<T> broadcast(T x) { return x - Vector<T>{}; }
 
+// The sum of all lanes, by halves.
 template <class T> INLINE T sum(Vector<T> x) {
-  T total = 0;
-  for (Index i = 0; i < kLanes<T>; ++i) total += x[i];
-  return total;
+  T lanes[kLanes<T>];
+  store(lanes, x);
+#pragma GCC unroll 4
+  for (Index width = kLanes<T> / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (Index i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
 }
 
 INLINE Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }

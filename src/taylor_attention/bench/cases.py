@@ -1,0 +1,184 @@
+"""What is measured: a case is one problem in one form, a result is how each contestant did in it, with its limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .. import __version__
+from ..errors import TaylorAttentionError, expect
+from .limits import moment_bytes
+from .machine import GEMM, READ
+
+OURS, SOFTMAX, RECURRENT = "taylor", "sdpa", "recurrent"
+FORWARD = "taylor forward"
+"""In training cases: the forward pass alone."""
+
+START, PREFILL, TRAIN, DECODE = KINDS = ("start", "prefill", "train", "decode")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for a whole run, and must agree before its results are taken up again.
+
+    Attributes:
+        width: heads times head size.
+        threads: of PyTorch.
+        seed: of the inputs.
+        repeats: turns of a case at most. budget: seconds of a case's timing, at least three turns however.
+        patience: seconds that one call of a rival may take, or reading one context ten times as long.
+        backend, chunk: as `attention` takes them.
+        against: rivals by name, besides the two that are always there.
+        max_state_bytes: larger states are skipped.
+        version: of this package.
+    """
+
+    width: int = 512
+    threads: int = 1
+    seed: int = 0
+    repeats: int = 7
+    budget: float = 1.5
+    patience: float = 1.0
+    backend: str = "auto"
+    chunk: int | None = None
+    against: tuple[str, ...] = ()
+    max_state_bytes: int = 2**30
+    version: str = __version__
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: `length` is the context of a decode step, or the tokens of a prefill or training step."""
+
+    kind: str
+    head_dim: int
+    degree: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one contestant did.
+
+    Attributes:
+        milliseconds: of a step, median over turns; None where it did not take part, and `skipped` says why.
+        fastest, slowest: of the turns, in milliseconds. turns, steps: turns timed, and steps in each.
+        error: largest relative L2 difference from the float64 reference, None where there is nothing to compare.
+        nbytes: allocated for the context (decode), or the most by which resident memory grew in a call.
+        skipped: why it did not take part.
+    """
+
+    milliseconds: float | None = None
+    fastest: float | None = None
+    slowest: float | None = None
+    turns: int = 0
+    steps: int = 0
+    error: float | None = None
+    nbytes: int | None = None
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished case.
+
+    Attributes:
+        outcomes: by contestant, ours under `OURS`.
+        rates: FLOP/s and bytes/s of the machine, taken by turns with the contestants.
+        needed: FLOPs (prefill) or bytes (decode) that the method cannot avoid.
+        chunk: tokens per chunk that the library takes (prefill).
+        peak_bytes: the most resident memory while the case was timed, of the whole process with all contestants in it.
+    """
+
+    case: Case
+    outcomes: dict[str, Outcome]
+    rates: dict[str, float] = field(default_factory=dict)
+    needed: int | None = None
+    chunk: int | None = None
+    peak_bytes: int | None = None
+
+    def milliseconds(self, name: str) -> float | None:
+        """The time of a contestant; None where it did not take part."""
+        return self.outcomes[name].milliseconds if name in self.outcomes else None
+
+    @property
+    def fraction(self) -> float | None:
+        """Of the limit's rate that ours reaches."""
+        own = self.milliseconds(OURS)
+        rate = self.rates.get(READ if self.case.kind == DECODE else GEMM)
+        return None if own is None or rate is None or self.needed is None else self.needed / (own / 1e3) / rate
+
+    @property
+    def forward_ratio(self) -> float | None:
+        """Of a training case: forward and backward over forward."""
+        both, forward = self.milliseconds(OURS), self.milliseconds(FORWARD)
+        return None if both is None or forward is None else both / forward
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON; what is derived stands there too, for readers."""
+        return asdict(self) | {"fraction": self.fraction, "forward_ratio": self.forward_ratio}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Result:
+        """The result that gave this dict; KeyError, TypeError or AttributeError if none did."""
+        outcomes = {name: Outcome(**outcome) for name, outcome in fields["outcomes"].items()}
+        rest = {name: fields[name] for name in ("rates", "needed", "chunk", "peak_bytes")}
+        return cls(Case(**fields["case"]), outcomes, **rest)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A contestant that has been checked: its step, and what is known of it before it is timed."""
+
+    step: Callable[[], object]
+    error: float | None = None
+    nbytes: int | None = None
+    together: int = 1
+
+
+class DeclinedError(TaylorAttentionError):
+    """A contestant does not take part in a case; the message says why."""
+
+
+def plan_cases(
+    kinds: Iterable[str],
+    head_dims: Iterable[int],
+    degrees: Iterable[int],
+    *,
+    contexts: Iterable[int],
+    lengths: Iterable[int],
+) -> list[Case]:
+    """Every combination, kind by kind in the order of `KINDS`, short before long; start-up is one case."""
+    sizes = {DECODE: sorted(set(contexts)), PREFILL: sorted(set(lengths)), TRAIN: sorted(set(lengths)), START: [256]}
+    shapes = [(head_dim, degree) for head_dim in sorted(set(head_dims)) for degree in sorted(set(degrees))]
+    wanted = set(kinds)
+    return [
+        Case(kind, head_dim, degree, size)
+        for kind in KINDS
+        if kind in wanted
+        for head_dim, degree in (shapes[:1] if kind == START else shapes)
+        for size in sizes[kind]
+    ]
+
+
+def count_heads(case: Case, settings: Settings) -> int:
+    """Heads of a case: the width over the head size.
+
+    Raises:
+        ArgumentError: the head size does not divide the width.
+    """
+    divides = case.head_dim >= 1 and settings.width % case.head_dim == 0
+    expect(divides, "--head-dim", f"a divisor of the width {settings.width}", case.head_dim)
+    return settings.width // case.head_dim
+
+
+def refuse_large_state(case: Case, settings: Settings) -> None:
+    """Decline a case whose state, moments and compensation, is over the limit.
+
+    Raises:
+        DeclinedError: it is.
+    """
+    needed = 2 * moment_bytes(count_heads(case, settings), case.head_dim, case.degree)
+    if needed > settings.max_state_bytes:
+        raise DeclinedError(f"larger than --max-state-bytes {settings.max_state_bytes:,}: a state of {needed:,} bytes")

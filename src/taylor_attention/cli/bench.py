@@ -1,0 +1,178 @@
+"""`taylor-attention bench`: what attention costs on this machine, beside softmax, the plain recurrence and rivals."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..bench import facts, figures
+from ..bench.cases import KINDS, Case, Result, Settings, plan_cases
+from ..bench.journal import Journal
+from ..bench.machine import COPY, GEMM, READ, Machine, describe
+from ..bench.measure import Bench, check, measure
+from ..bench.rivals import Factory, load_factory
+from ..bench.turns import time_by_turns
+from ..errors import MissingDependencyError, expect
+from ..lm.threads import thread_count
+from .bench_report import describe_case, describe_result, report
+from .console import emit_json, err, json_option, make_folder, progress_bar
+
+FULL: dict[str, Any] = {
+    "head_dim": (8, 16, 32, 64),
+    "degree": (2, 3, 4),
+    "context": (*(1024 * 4**i for i in range(6)), 10 * 2**20),
+    "length": (1024, 2048, 4096, 8192),
+    "repeats": Settings.repeats,
+    "budget": Settings.budget,
+}
+QUICK: dict[str, Any] = {
+    "head_dim": (16, 64),
+    "degree": (2,),
+    "context": (1024, 65536),
+    "length": (512, 1024),
+    "repeats": 3,
+    "budget": 0.2,
+}
+
+_POSITIVE = click.IntRange(min=1)
+_SECONDS = click.FloatRange(min=0, min_open=True)
+
+_RIVALS = """--against my.py:rival (or module:rival) names a function that makes a rival, as this makes one of the
+paper's reference implementation; `attend` gets [1, heads, T, d] tensors and keeps its own state:
+
+\b
+  def rival(heads, head_dim, value_dim, degree, causal):
+      model = SymmetryAwareTaylorApproximatedAttention(head_dim, value_dim, causal, degree + 1)
+      def attend(query, key, value, continue_sequence):
+          return model(query, key, value, continue_sequence)
+      return attend
+
+A rival whose memory grows with T should cut long inputs in blocks."""
+
+
+def _default(name: str) -> str:
+    values = FULL[name] if isinstance(FULL[name], tuple) else (FULL[name],)
+    return f"[{', '.join(str(value) for value in values)}]"
+
+
+@click.command(short_help="Measure decode, prefill and training beside softmax and rivals.", epilog=_RIVALS)
+@click.option("--only", multiple=True, type=click.Choice(KINDS), help="Measure this kind; repeatable [all].")
+@click.option("--head-dim", multiple=True, type=_POSITIVE, help=f"Head size; repeatable {_default('head_dim')}.")
+@click.option(
+    "--degree", multiple=True, type=click.IntRange(min=0), help=f"Of the series; repeatable {_default('degree')}."
+)
+@click.option("--width", type=_POSITIVE, default=Settings.width, show_default=True, help="Heads times head size.")
+@click.option("--context", multiple=True, type=_POSITIVE, help="Of a decode step; repeatable [1K, 4K, ..., 1M, 10M].")
+@click.option("--length", multiple=True, type=_POSITIVE, help=f"Of a prefill; repeatable {_default('length')}.")
+@click.option("--against", multiple=True, metavar="PLACE:FUNCTION", help="A rival's factory, see below; repeatable.")
+@click.option("--threads", type=_POSITIVE, help="Of PyTorch [as PyTorch chooses].")
+@click.option("--repeats", type=_POSITIVE, help=f"Turns of a case at most {_default('repeats')}.")
+@click.option("--budget", type=_SECONDS, help=f"Seconds to time a case, three turns however {_default('budget')}.")
+@click.option(
+    "--patience",
+    type=_SECONDS,
+    default=Settings.patience,
+    show_default=True,
+    help="Seconds that a rival's call may take, ten times as many its reading of a context; slower ones are skipped.",
+)
+@click.option("--seed", type=int, default=Settings.seed, show_default=True, help="Of the inputs.")
+@click.option("--backend", default=Settings.backend, show_default=True, help="As attention(backend=...) takes it.")
+@click.option("--chunk", type=_POSITIVE, help="As attention(chunk_size=...) takes it [the library's choice].")
+@click.option(
+    "--max-state-bytes",
+    type=_POSITIVE,
+    default=Settings.max_state_bytes,
+    show_default=True,
+    help="Skip problems of larger states.",
+)
+@click.option("--out", "folder", type=click.Path(file_okay=False), default="runs/bench", show_default=True)
+@click.option("--resume", is_flag=True, help="Keep the results that OUT has of the same settings; measure the others.")
+@click.option("--quick", is_flag=True, help="Fewer and smaller problems, where no options say which.")
+@json_option
+def bench(only: tuple[str, ...], folder: str, resume: bool, quick: bool, as_json: bool, **asked: Any) -> None:
+    """Measure decode, prefill and training steps, by turns with softmax, the plain recurrence and rivals.
+
+    Every result is compared with float64 before it is timed. Ends with tables, a line of JSON, and
+    OUT/{results.jsonl, *.png}; about 15 minutes on two cores, or --quick.
+    """
+    defaults = QUICK if quick else FULL
+    asked = {name: defaults.get(name, value) if value in (None, ()) else value for name, value in asked.items()}
+    factories = _load_rivals(asked.pop("against"))
+    head_dims, degrees, contexts, lengths = (asked.pop(name) for name in ("head_dim", "degree", "context", "length"))
+    cases = plan_cases(only or KINDS, head_dims, degrees, contexts=contexts, lengths=lengths)
+    asked["threads"] = asked["threads"] or torch.get_num_threads()
+    settings = Settings(**asked, against=tuple(factories))
+    check(cases, settings)
+    target = make_folder(folder)
+    journal = Journal(target / "results.jsonl", settings, resume=resume)
+    shared = Bench(settings, factories, Machine())
+    machine = describe() | _rates(shared)
+    try:
+        results = _measure_all(cases, shared, journal)
+    except KeyboardInterrupt:
+        message = f"stopped; {folder} keeps what is measured: go on with --resume"
+        err().print(message, markup=False, soft_wrap=True)
+        sys.exit(130)
+    summary = _summarise(settings, machine, results, target)
+    if not as_json:
+        report(summary, results)
+    emit_json(summary)
+
+
+def _load_rivals(places: Sequence[str]) -> dict[str, Factory]:
+    found = dict(load_factory(place) for place in places)
+    expect(len(found) == len(places), "--against", "rivals of different names", ", ".join(places))
+    return found
+
+
+def _rates(shared: Bench) -> dict[str, float]:
+    """FLOP/s of a large GEMM and bytes/s of reading and copying, by turns, before everything else."""
+    machine, settings = shared.machine, shared.settings
+    with thread_count(settings.threads):
+        contestants = machine.contestants(GEMM, READ, COPY)
+        return machine.rates(time_by_turns(contestants, repeats=settings.repeats, budget=settings.budget))
+
+
+def _measure_all(cases: Sequence[Case], shared: Bench, journal: Journal) -> list[Result]:
+    """The results of all cases, those of the journal as they are; a line for each where stderr is no terminal."""
+    console, bar, results = err(), progress_bar(), []
+    task = bar.add_task("measuring", total=len(cases))
+    with bar:
+        for case in cases:
+            bar.update(task, description=describe_case(case))
+            found = journal.find(case)
+            if found is None:
+                found = measure(case, shared)
+                journal.append(found)
+                if not console.is_terminal:
+                    console.print(describe_result(found), markup=False, soft_wrap=True)
+            results.append(found)
+            bar.advance(task)
+    return results
+
+
+def _summarise(
+    settings: Settings, machine: Mapping[str, Any], results: Sequence[Result], folder: Path
+) -> dict[str, Any]:
+    """Everything that the run found, with its plots drawn."""
+    try:
+        drawn, missing = [str(path) for path in figures.draw_all(folder, results)], None
+    except MissingDependencyError as error:
+        drawn, missing = [], str(error)
+    peaks = [result.peak_bytes for result in results if result.peak_bytes is not None]
+    return {
+        "settings": asdict(settings),
+        "machine": machine,
+        "results": [result.to_dict() for result in results],
+        "facts": facts.derive(results),
+        "peak_bytes": max(peaks, default=None),
+        "figures": drawn,
+        "no_figures": missing,
+        "out": str(folder),
+    }

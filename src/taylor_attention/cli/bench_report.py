@@ -1,0 +1,158 @@
+"""How `taylor-attention bench` shows what it found: a line per case as it finishes, tables and facts at the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from ..bench.cases import DECODE, FORWARD, OURS, PREFILL, START, TRAIN, Case, Result
+from ..bench.machine import COPY, GEMM, READ
+from .console import out, size, table
+
+TITLES = {
+    START: "Starting, in fresh processes",
+    DECODE: "Decode: one token after a context",
+    PREFILL: "Prefill: causal, forward",
+    TRAIN: "Training: causal, forward and backward",
+}
+WIDE = 140  # columns where stdout is no terminal: a file is as wide as its tables
+BUSY = 0.5
+"""A load from which on times are noisy: on few cores every other process shows."""
+
+
+def describe_case(case: Case) -> str:
+    """A case in a few words."""
+    return f"{case.kind}, head size {case.head_dim}, degree {case.degree}, {case.length:,} tokens"
+
+
+def describe_result(result: Result) -> str:
+    """A result in one line."""
+    parts = [
+        f"{name} skipped ({outcome.skipped})"
+        if outcome.milliseconds is None
+        else f"{name} {outcome.milliseconds:.3g} ms"
+        for name, outcome in result.outcomes.items()
+    ]
+    limit = "" if result.fraction is None else f"; {result.fraction:.2g} of the limit"
+    return f"{describe_case(result.case)}: {', '.join(parts)}{limit}"
+
+
+def report(summary: dict[str, Any], results: Sequence[Result]) -> None:
+    """Print a table per kind, the facts, what was skipped, and where the files are."""
+    console = out()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
+    machine = summary["machine"]
+    console.print(
+        f"{machine['processor']}, {summary['settings']['threads']} threads, torch {machine['torch']}: GEMM "
+        f"{machine[GEMM] / 1e9:,.0f} GFLOP/s, reading {machine[READ] / 1e9:.1f} GB/s, copying "
+        f"{machine[COPY] / 1e9:.1f} GB/s",
+        markup=False,
+        soft_wrap=True,
+    )
+    if machine["load"] is not None and machine["load"] > BUSY:
+        console.print(f"The machine was busy when this began (load {machine['load']}), so times are noisy.")
+    for kind in TITLES:
+        own = [result for result in results if result.case.kind == kind]
+        if own:
+            console.print(_start_table(own) if kind == START else _table(kind, own))
+    for made in (_decode_facts(summary["facts"][DECODE]), _prefill_facts(summary["facts"][PREFILL])):
+        if made.row_count:
+            console.print(made)
+    for line in (*_skipped(results), *_files(summary)):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _start_table(results: Sequence[Result]) -> Table:
+    names = list(results[0].outcomes)
+    shown = table(TITLES[START], "d, degree", *(f"{name} ms" for name in names))
+    for result in results:
+        shown.add_row(_shape(result.case), *(_number(result.milliseconds(name)) for name in names))
+    return shown
+
+
+def _table(kind: str, results: Sequence[Result]) -> Table:
+    """One row per case: ours with its limit and memory, then each rival's time and how many times ours that is."""
+    names = dict.fromkeys(name for result in results for name in result.outcomes)
+    rivals = [name for name in names if name not in (OURS, FORWARD)]
+    limit = "/ forward" if kind == TRAIN else "of limit"
+    memory = "state" if kind == DECODE else "memory"
+    shown = table(TITLES[kind], "d, degree", "tokens", f"{OURS} ms", limit, memory, *(f"{n} ms" for n in rivals))
+    for result in results:
+        own = result.outcomes[OURS]
+        if own.milliseconds is not None:
+            share = result.forward_ratio if kind == TRAIN else result.fraction
+            numbers = _number(own.milliseconds), _number(share), "?" if own.nbytes is None else size(own.nbytes)
+            shown.add_row(
+                _shape(result.case), f"{result.case.length:,}", *numbers, *(_beside(result, n) for n in rivals)
+            )
+    return shown
+
+
+def _shape(case: Case) -> str:
+    return f"{case.head_dim}, {case.degree}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _beside(result: Result, rival: str) -> str:
+    theirs, ours = result.milliseconds(rival), result.milliseconds(OURS)
+    return "-" if theirs is None or ours is None else f"{_number(theirs)} ({_number(theirs / ours)}x)"
+
+
+def _decode_facts(rows: Sequence[dict[str, Any]]) -> Table:
+    columns = "slowest / fastest context", "faster than sdpa from", "memory break-even", "ratio"
+    shown = table("Decode over contexts", "d, degree", *columns)
+    for row in rows:
+        start, even = row["faster_from_context"], row["memory_break_even"]
+        place = "not within measured contexts" if start is None else f"{start:,}"
+        ratio = _number(row["faster_over_memory_break_even"])
+        shown.add_row(f"{row['head_dim']}, {row['degree']}", f"{row['flatness']:.2f}", place, f"{even:,}", ratio)
+    return shown
+
+
+def _prefill_facts(rows: Sequence[dict[str, Any]]) -> Table:
+    shown = table("Prefill over lengths", "d, degree", "faster than causal sdpa from", "FLOP break-even", "ratio")
+    for row in rows:
+        start, even = row["faster_from_length"], row["flop_break_even"]
+        place = "not within measured lengths" if start is None else f"{start:,}"
+        place = f"{place} or less" if row["faster_at_the_shortest"] else place
+        ratio = _number(row["faster_over_flop_break_even"])
+        shown.add_row(f"{row['head_dim']}, {row['degree']}", place, f"{even:,}", ratio)
+    return shown
+
+
+def _skipped(results: Sequence[Result]) -> list[str]:
+    """Who did not take part and why, with the number of cases."""
+    reasons = Counter(
+        f"{name} in {result.case.kind}: {outcome.skipped.split(':')[0]}"
+        for result in results
+        for name, outcome in result.outcomes.items()
+        if outcome.skipped is not None
+    )
+    return [
+        f"skipped: {reason} ({count} cases, each with its numbers in results.jsonl)"
+        for reason, count in reasons.items()
+    ]
+
+
+def _files(summary: dict[str, Any]) -> list[str]:
+    """What was measured, and where it is."""
+    peak = "?" if summary["peak_bytes"] is None else size(summary["peak_bytes"])
+    drawn = [f"figure: {path}" for path in summary["figures"]]
+    missing = [f"no figures: {summary['no_figures']}"] if summary["no_figures"] else []
+    return [
+        "ms: median of a step. (x): times ours. of limit: of the GEMM rate (prefill), of the read bandwidth (decode; "
+        "above 1 where the caches hold the state). memory: growth of resident memory in a call.",
+        f"most resident memory of the process, all contestants in it: {peak}",
+        *drawn,
+        *missing,
+        f"results: {summary['out']}",
+    ]

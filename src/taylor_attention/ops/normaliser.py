@@ -1,0 +1,51 @@
+"""Numerator over normaliser, and what happens where a truncated series makes the normaliser unsafe."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..core.series import Series
+from ..errors import NormaliserError, NormaliserWarning
+
+SAFE_SHARE = 1e-3
+"""A normaliser below this share of what its keys would give at score zero counts as not safely positive."""
+
+_ADVICE = (
+    "the truncated series is negative for some scores, and the normaliser of {count:,} queries is not safely positive: "
+    "use an even degree of exp (positive everywhere), or make the scores smaller (scale, QK-norm)"
+)
+
+
+def resolve(series: Series, degree: int) -> tuple[tuple[float, ...], bool]:
+    """The coefficients of a series up to a degree, and whether it is positive everywhere."""
+    return series.coefficients(degree), series.is_positive(degree)
+
+
+# Exact arithmetic on Python integers is nothing for a tracer. This is all that torch.compiler.assume_constant_result
+# does, without the second that importing the compiler takes.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def divide(out: Tensor, empty: Tensor) -> Tensor:
+    """N / Z from [N | Z], zeros where no key was visible."""
+    return out[..., :-1] / torch.where(empty, 1, out[..., -1]).unsqueeze(-1)
+
+
+def divide_checked(out: Tensor, seen: Tensor, constant: float) -> Tensor:
+    """As `divide`; NaN rows where Z is not safely positive, and an error if gradients are recorded."""
+    unsafe = ~(out[..., -1] > SAFE_SHARE * abs(constant) * seen) & (seen != 0)
+    if not torch.compiler.is_compiling():
+        count = int(unsafe.sum())
+        if count and out.requires_grad:
+            raise NormaliserError(_ADVICE.format(count=count))
+        if count:
+            warn_unsafe(count)
+    return divide(out, seen == 0).masked_fill(unsafe.unsqueeze(-1), torch.nan)
+
+
+def warn_unsafe(count: int) -> None:
+    """Say that so many rows are NaN because their normaliser is not safely positive."""
+    warnings.warn(_ADVICE.format(count=count) + "; their rows are NaN", NormaliserWarning, stacklevel=4)

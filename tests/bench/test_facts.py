@@ -1,0 +1,95 @@
+"""What is concluded from results, on results made up so that the conclusions are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import taylor_attention as ta
+from taylor_attention.bench import facts, figures
+from taylor_attention.bench.cases import FORWARD, OURS, SOFTMAX, Case, Outcome, Result
+from taylor_attention.bench.machine import GEMM, READ
+
+
+def result(kind: str, length: int, ours: float | None, degree: int = 2, **rivals: float) -> Result:
+    times = {OURS: ours, **rivals}
+    outcomes = {name: Outcome(time) if time else Outcome(skipped="too large: it is") for name, time in times.items()}
+    return Result(Case(kind, 16, degree, length), outcomes, {READ: 1e9, GEMM: 1e9}, needed=500_000)
+
+
+def test_decoding_is_compared_at_every_context():
+    times = {1024: (2.0, 1.0), 4096: (2.5, 4.0), 16384: (2.0, 16.0)}
+    [row] = facts.derive([result("decode", n, ours, sdpa=theirs, mine=8.0) for n, (ours, theirs) in times.items()])[
+        "decode"
+    ]
+    assert (row["head_dim"], row["degree"]) == (16, 2)
+    assert row["speedup"] == {"sdpa": {1024: 0.5, 4096: 1.6, 16384: 8.0}, "mine": {1024: 4.0, 4096: 3.2, 16384: 4.0}}
+    assert row["flatness"] == 1.25
+    assert row["faster_from_context"] == 4096
+    assert row["memory_break_even"] == ta.break_even_context(16, 2) == 82
+    assert row["faster_over_memory_break_even"] == pytest.approx(4096 / 82)
+
+
+def test_faster_means_at_all_longer_contexts_too():
+    times = {1024: 1.0, 2048: 3.0, 4096: 1.0, 8192: 3.0}
+    [row] = facts.derive([result("decode", n, 2.0, sdpa=theirs) for n, theirs in times.items()])["decode"]
+    assert row["faster_from_context"] == 8192
+    [row] = facts.derive([result("decode", 1024, 2.0, sdpa=1.0)])["decode"]
+    assert (row["faster_from_context"], row["faster_over_memory_break_even"]) == (None, None)
+
+
+CROSSINGS = {
+    "on straight lines in the logarithms": ([(1000, 2.0, 1.0), (4000, 1.0, 2.0)], 2000),
+    "nearer to the nearer one": ([(1000, 2.0, 1.0), (8000, 1.0, 4.0)], 2000),
+    "where they are equal": ([(1000, 1.0, 1.0), (2000, 1.0, 2.0)], 1000),
+    "the last one": ([(10, 1.0, 2.0), (1000, 2.0, 1.0), (4000, 1.0, 2.0), (8000, 1.0, 2.0)], 2000),
+    "always faster": ([(1000, 1.0, 2.0), (2000, 1.0, 3.0)], 1000),
+    "never faster": ([(1000, 2.0, 1.0), (2000, 3.0, 2.0)], None),
+    "slower again": ([(1000, 1.0, 2.0), (2000, 3.0, 2.0)], None),
+    "not measured": ([], None),
+}
+
+
+@pytest.mark.parametrize(("pairs", "length"), CROSSINGS.values(), ids=CROSSINGS.keys())
+def test_crossing(pairs: list[tuple[int, float, float]], length: int | None):
+    assert facts.crossing(pairs) == length
+
+
+def test_prefill_stands_beside_the_flops_of_half_its_length():
+    [row] = facts.derive([result("prefill", 1000, 2.0, sdpa=1.0), result("prefill", 4000, 1.0, sdpa=2.0)])["prefill"]
+    assert row["faster_from_length"] == 2000
+    assert not row["faster_at_the_shortest"]
+    tokens = row["flop_break_even"]
+    ours, theirs = ta.flops_per_token(16, 2), 2 * 16 + 2 * 16 + 3
+    assert (tokens - 2) * theirs / 2 < ours <= tokens * theirs / 2
+    assert row["faster_over_flop_break_even"] == pytest.approx(2000 / tokens)
+
+
+def test_training_is_compared_with_its_forward_pass():
+    trained = Result(Case("train", 16, 2, 100), {OURS: Outcome(6.0), FORWARD: Outcome(2.0), SOFTMAX: Outcome(3.0)})
+    [row] = facts.derive([trained])["train"]
+    assert row["forward_ratio"] == {100: 3.0}
+    assert row["speedup"] == {"sdpa": {100: 0.5}}
+
+
+def test_a_fraction_is_of_the_kinds_own_limit():
+    made = result("decode", 1, 2.0)
+    assert made.fraction == pytest.approx(500_000 / 2e-3 / 1e9)
+    assert Result(made.case, made.outcomes, {GEMM: 1e9}, 500_000).fraction is None
+    assert result("prefill", 1, 0.5).fraction == pytest.approx(1.0)
+    assert result("prefill", 1, None).fraction is None
+
+
+def test_what_was_skipped_makes_no_facts():
+    found = facts.derive([result("decode", 1024, None), result("decode", 1024, 1.0, degree=3, sdpa=0)])
+    [row] = found["decode"]
+    assert (row["degree"], row["speedup"]) == (3, {"sdpa": {}})
+
+
+def test_there_is_a_plot_for_everything_that_was_measured(tmp_path: Path):
+    lengths, degrees = (1024, 4096), (2, 3)
+    results = [result("decode", n, 1.0, degree, sdpa=2.0, mine=3.0) for n in lengths for degree in degrees]
+    drawn = figures.draw_all(tmp_path, [*results, result("prefill", 1024, None), result("train", 1, 1.0)])
+    assert [path.name for path in drawn] == ["decode.png", "decode_fraction.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in drawn)
