@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import taylor_attention as ta
+from taylor_attention.core.basis import expand, reading_weights
+from taylor_attention.core.series import EXP
 from taylor_attention.ops.reference import attention_reference
 
 
@@ -42,9 +44,9 @@ class Problem:
     def oracle(self) -> Tensor:
         return attention_reference(*self.arguments, degree=self.degree, **self.options, **self.along)
 
-    def decode_(self, state: ta.State) -> Tensor:
+    def decode_(self, state: ta.State, **more: Any) -> Tensor:
         given = {name: self.options[name] for name in ("scale", "series") if name in self.options}
-        return ta.decode_(*self.arguments, state, **given, **self.along)
+        return ta.decode_(*self.arguments, state, **given, **self.along, **more)
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,11 +149,44 @@ def carry(problem: Problem, borders: Sequence[int], **options: Any) -> tuple[Ten
     return torch.cat(outputs, 2), state
 
 
-def decode(problem: Problem, step: int = 1, state: ta.State | None = None) -> tuple[Tensor, ta.State]:
+def decode(problem: Problem, step: int = 1, state: ta.State | None = None, **options: Any) -> tuple[Tensor, ta.State]:
     """Append `step` tokens at a time to a state (a new one by default), in place."""
     state = problem.new_state() if state is None else state
-    starts = range(0, problem.length, step)
-    return torch.cat([problem.part(a, min(a + step, problem.length)).decode_(state) for a in starts], 2), state
+    parts = [problem.part(a, min(a + step, problem.length)) for a in range(0, problem.length, step)]
+    return torch.cat([part.decode_(state, **options) for part in parts], 2), state
+
+
+def sum_up(problem: Problem, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[N | Z] of each query [B, Hq, Tq, E] and the moments at the end [B, Hkv, E, M], by their definition, in float64.
+
+    What `attention_reference` leaves out: values of size 0, the moments, and those at the start [B, Hkv, E, M].
+    """
+    query, key, value = (x.double() for x in problem.arguments)
+    degree, causal = problem.degree, problem.options.get("causal", True)
+    coefficients = problem.options.get("series", EXP).coefficients(degree)
+    group, length = query.shape[1] // key.shape[1], problem.length
+    query = query * problem.options.get("scale", query.shape[3] ** -0.5)
+    columns = torch.cat([value, value.new_ones(*value.shape[:3], 1)], -1)
+    shown = problem.along.get("key_padding_mask", torch.ones(len(key), length, dtype=torch.bool))[:, None]
+    gates = problem.along.get("log_decay", torch.zeros(key.shape[:3])).double().masked_fill(~shown, 0)
+    later = torch.ones(length, length, dtype=torch.bool).tril(-1)  # [t, j]: j < t
+    left = torch.where(later, gates[..., None], 0).cumsum(-2).exp() * shown[:, :, None]  # of key j at token t
+    seen = left.tril() if causal else shown[:, :, None]
+
+    scores = query @ key.repeat_interleave(group, 1).transpose(-1, -2)
+    weights = sum((c * scores**p for p, c in enumerate(coefficients)), torch.zeros_like(scores))
+    found = (weights * seen.expand(-1, key.shape[1], -1, -1).repeat_interleave(group, 1)) @ columns.repeat_interleave(
+        group, 1
+    )
+    last = left[..., -1, :] if length else left.sum(-2)
+    moments = (columns * last[..., None]).transpose(-1, -2) @ expand(key, degree)
+    if start is not None:
+        read = expand(query, degree) * reading_weights(query.shape[3], coefficients, torch.float64)
+        past = read @ start.double().repeat_interleave(group, 1).transpose(-1, -2)
+        fading = gates.cumsum(-1).exp()
+        found = found + (past * fading.repeat_interleave(group, 1)[..., None] if causal else past)
+        moments = moments + start.double() * gates.sum(-1).exp()[..., None, None]
+    return found, moments
 
 
 def differences(actual: ta.State, expected: ta.State) -> list[str]:

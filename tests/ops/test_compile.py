@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import taylor_attention as ta
+from kernels import EITHER, built
 from problems import Problem, make
 from taylor_attention.ops.operator import attend, attend_backward
 from tolerances import TOLERANCE, relative_error
@@ -30,13 +31,14 @@ def solve(problem: Problem, state: ta.State):
     return problem.solve(state=state, return_state=True, chunk_size=8)
 
 
+@EITHER
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # by inductor itself
-@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=needs_compiler), "aot_eager"])
-def test_compiled_attention_is_the_same_with_a_state_in_and_out_and_its_backward(backend):
+@pytest.mark.parametrize("compiler", [pytest.param("inductor", marks=needs_compiler), "aot_eager"])
+def test_compiled_attention_is_the_same_with_a_state_in_and_out_and_its_backward(compiler):
     torch._dynamo.reset()
     problem = make(batch=2, heads=4, kv_heads=2, length=30, mask="holes", decay="hard")
     _, state = make(batch=2, heads=4, kv_heads=2, length=9, seed=1).solve(return_state=True)
-    compiled = torch.compile(solve, fullgraph=True, backend=backend)
+    compiled = torch.compile(solve, fullgraph=True, backend=compiler)
     found, expected = answer_of(problem, compiled, state), answer_of(problem, solve, state)
     assert max(relative_error(a, b) for a, b in zip(found, expected, strict=True)) < EXACT
 
@@ -104,10 +106,11 @@ PATTERNS = {
     "packed, kept": {"cu_seqlens": torch.tensor([0, 5, 5, 12], dtype=torch.int32), "keep": True, "decay": "hard"},
     "nothing": {"length": 0, "keep": True},
 }
+EACH = pytest.mark.parametrize("name", ["torch", pytest.param("cpu", marks=built)])
 
 
-def arguments(pattern, recorded=True):
-    """What the operator takes, for a pattern."""
+def arguments(pattern, name, recorded=True):
+    """What the operator takes, for a pattern and a backend's name."""
     options = dict(PATTERNS[pattern])
     keep, cu_seqlens, with_state = (options.pop(name, None) for name in ("keep", "cu_seqlens", "state"))
     problem = make(**{"length": 12, **options})
@@ -120,35 +123,40 @@ def arguments(pattern, recorded=True):
         sums = sums.requires_grad_(recorded)
     tensors = (*problem.arguments, problem.along.get("key_padding_mask"), problem.along.get("log_decay"), cu_seqlens)
     causal = problem.options.get("causal", True)
-    return *tensors, sums, compensation, (1.0, 1.0, 0.5), causal, 4, bool(keep or with_state)
+    return *tensors, sums, compensation, (1.0, 1.0, 0.5), causal, 4, bool(keep or with_state), name
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_the_operator_passes_pytorchs_own_checks(pattern):
-    found = torch.library.opcheck(attend, arguments(pattern))
+@EACH
+def test_the_operator_passes_pytorchs_own_checks(name, pattern):
+    found = torch.library.opcheck(attend, arguments(pattern, name))
     assert set(found.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_the_backward_operator_passes_pytorchs_own_checks(pattern):
-    given = arguments(pattern, recorded=False)
-    *tensors, coefficients, causal, chunk, keep = given
-    out, end, _ = attend(*given)
-    of_end = (torch.ones_like(end), end) if keep else (None, None)
+@EACH
+def test_the_backward_operator_passes_pytorchs_own_checks(name, pattern):
     checks = ("test_schema", "test_faketensor")
-    found = torch.library.opcheck(
-        attend_backward,
-        (torch.ones_like(out), of_end[0], out, of_end[1], *tensors, coefficients, causal, chunk),
-        test_utils=checks,
-    )
+    found = torch.library.opcheck(attend_backward, backward_arguments(pattern, name), test_utils=checks)
     assert found == dict.fromkeys(checks, "SUCCESS")
 
 
+def backward_arguments(pattern, name):
+    """What the operator of the backward pass takes after `attend`."""
+    given = arguments(pattern, name, recorded=False)
+    *tensors, coefficients, causal, chunk, keep, _ = given
+    out, end, _ = attend(*given)
+    of_end = (torch.ones_like(end), end) if keep else (None, None)
+    return torch.ones_like(out), of_end[0], out, of_end[1], *tensors, coefficients, causal, chunk, name
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_the_operator_changes_none_of_its_inputs(pattern):
-    given = arguments(pattern, recorded=False)
+@pytest.mark.parametrize(("operator", "arguments_of"), [(attend, arguments), (attend_backward, backward_arguments)])
+@EACH
+def test_the_operators_change_none_of_their_inputs(name, operator, arguments_of, pattern):
+    given = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments_of(pattern, name)]
     before = [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
-    attend(*given)
+    operator(*given)
     pairs = [(x, b) for x, b in zip(given, before, strict=True) if isinstance(x, torch.Tensor)]
     assert [torch.equal(x, b) for x, b in pairs] == [True] * len(pairs)
 

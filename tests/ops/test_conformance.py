@@ -6,17 +6,18 @@ from functools import lru_cache
 import pytest
 import torch
 
+from kernels import KERNELS
 from problems import decode, make
 from taylor_attention import series
-from taylor_attention.ops import chunked
+from taylor_attention.ops import chunked, compiled
 from taylor_attention.ops.tiling import Tiling
 from tolerances import TOLERANCE, relative_error
 
-BACKENDS = ("torch",)
+BACKENDS = ["torch", *KERNELS]
 EXACT = [torch.float32, torch.float64]
 ROUNDED = [torch.bfloat16, torch.float16]
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 
 def error(problem, **options):
@@ -135,6 +136,7 @@ def test_however_the_work_is_cut(backend, mode, cut, monkeypatch):
     """Each way through the loops at a size where the library would choose only one of them."""
     problem = make(**{"batch": 3, "heads": 2, "length": 61, **MODES[mode]})
     monkeypatch.setattr(chunked, "choose", lambda *_, **__: {**CUTS, **SCORES_ALONE}[cut])
+    monkeypatch.setattr(compiled, "choose", lambda *_, **__: {**CUTS, **SCORES_ALONE}[cut])
     assert error(problem, backend=backend) < TOLERANCE[torch.float64]
 
 
@@ -203,7 +205,7 @@ def test_any_strides(backend, layout, mode):
 def test_any_strides_in_decoding(backend, layout, step):
     problem = make(batch=3, heads=6, kv_heads=2, length=12, mask="holes", decay="hard")
     query, key, value = map(LAYOUTS[layout], problem.arguments)
-    found, _ = decode(replace(problem, query=query, key=key, value=value), step)
+    found, _ = decode(replace(problem, query=query, key=key, value=value), step, backend=backend)
     assert relative_error(found, problem.oracle()) < TOLERANCE[torch.float64]
 
 
@@ -250,8 +252,3 @@ def test_nothing_gives_nothing(backend, sizes, degree):
     assert torch.equal(y, torch.zeros(*problem.query.shape[:3], 3, dtype=torch.float64))
     assert state.tokens.tolist() == [problem.length] * problem.query.shape[0]
     assert bool(state.moments.any()) == (problem.key.numel() > 0)
-
-
-def test_the_named_backend_is_the_one_chosen_by_itself(backend):
-    problem = make(length=50)
-    assert torch.equal(problem.solve(backend=backend), problem.solve(backend="auto"))

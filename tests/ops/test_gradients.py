@@ -8,11 +8,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import taylor_attention as ta
+from kernels import EITHER
 from problems import carry, decode, make
 from taylor_attention.core.basis import feature_count
-from taylor_attention.ops import chunked
+from taylor_attention.ops import chunked, compiled
 from taylor_attention.ops.tiling import Tiling
 from tolerances import TOLERANCE, relative_error
+
+pytestmark = EITHER
 
 EXACT = TOLERANCE[torch.float64]
 
@@ -128,6 +131,7 @@ def test_gradients_however_the_work_is_cut(kind, cut, keep, monkeypatch):
     of_state = torch.ones(()) if keep else None
     expected = gradients(problem, lambda p: p.solve(chunk_size=8, return_state=True), of_state)
     monkeypatch.setattr(chunked, "choose", lambda *_, **__: CUTS[cut])
+    monkeypatch.setattr(compiled, "choose", lambda *_, **__: CUTS[cut])
     found = gradients(problem, lambda p: p.solve(return_state=keep), of_state)
     assert max(errors(found, expected)) < 10 * EXACT
 

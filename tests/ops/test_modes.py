@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import taylor_attention as ta
+from kernels import EITHER
 from problems import carry, decode, differences, make
 from taylor_attention.core.state import tail_size
 from tolerances import TOLERANCE, relative_error
+
+pytestmark = EITHER
 
 EXACT = TOLERANCE[torch.float64]
 LENGTH = 41

@@ -71,8 +71,8 @@ MISUSE = {
     "scale: a finite number or None, got 1/8": call(scale="1/8"),
     "series: a Series or None, got 'exp'": call(series="exp"),
     "series: a Series or None, got (1.0, 1.0, 0.5)": call(series=(1.0, 1.0, 0.5)),
-    "backend: one of ('auto', 'torch'), got 'cuda'": call(backend="cuda"),
-    "backend: one of ('auto', 'torch'), got None": call(backend=None),
+    "backend: one of ('auto', 'cpu', 'torch'), got 'cuda'": call(backend="cuda"),
+    "backend: one of ('auto', 'cpu', 'torch'), got None": call(backend=None),
     "chunk_size: an int >= 1 or None, got 0": call(chunk_size=0),
     "chunk_size: an int >= 1 or None, got 64.0": call(chunk_size=64.0),
     # masks, gates, borders

@@ -233,7 +233,7 @@ template <class T> void fold_rows(const Fold& f) {
     transpose<T>(keys, f.width, d, f.length, rows, d);
     const MonomialPanels<T> by_monomial(layout, f.length);
     form<T>(layout, rows, f.length, by_monomial);
-    update<T>(layout, by_monomial, keys, f.width, values, f.width, nullptr, columns, f.length, scaled, nullptr, sums,
+    update<kChain, T>(layout, by_monomial, keys, f.width, values, f.width, nullptr, columns, f.length, scaled, nullptr, sums,
               compensation);
   });
 }

@@ -11,7 +11,7 @@
 namespace taylor {
 namespace TARGET {
 
-constexpr Index kChain = 64;   // tokens summed in a row before they join the sum of a tile
+constexpr Index kChain = 64;   // tokens of a lasting state summed in a row before they join the sum of a tile
 constexpr Index kDepth = 256;  // monomials of one packed piece of T: [E, kDepth] stays in the second-level cache
 
 // Some tokens of one head, tokens last, padded with zeros to whole panels: x [d, stride].
@@ -87,6 +87,16 @@ template <class T> struct PackedMoments {
   Buffer<T> data;
 };
 
+// While token panel `t` of `tokens` is computed, fetch its share of the piece that comes next: columns from `start`.
+template <class T>
+INLINE void prefetch_piece(const T* moments, Index features, Index columns, Index start, Index t, Index tokens) {
+  constexpr Index N = kPanel<T>, kLine = 64 / sizeof(T);
+  const Index stop = start + kDepth < features ? start + kDepth : features;
+  const Index panels = (tokens + N - 1) / N, panel = t / N;
+  for (Index e = columns * panel / panels; e < columns * (panel + 1) / panels; ++e)
+    for (Index r = start; r < stop; r += kLine) __builtin_prefetch(moments + e * features + r);
+}
+
 // y[e, t] += what the tokens read; moments [E, M].
 template <class T>
 void read(const Layout& layout, const T* moments, Index columns, const T* weights, const Columns<T>& x, Index tokens,
@@ -97,6 +107,7 @@ void read(const Layout& layout, const T* moments, Index columns, const T* weight
       const Index depth = piece.count - done < kDepth ? piece.count - done : kDepth;
       packed.fill_from(moments, layout.features, columns, weights, piece.start + done, depth);
       for (Index t = 0; t < tokens; t += N) {
+        prefetch_piece(moments, layout.features, columns, piece.start + done + depth, t, tokens);
         const T* phi = features.panel(t) + (piece.formed + done) * N;
         const Vector<T> one = broadcast(T(1));
         const Vector<T> left = piece.factor < 0 ? one : load(x.row(piece.factor) + t);
@@ -128,6 +139,7 @@ void add_slope(const Layout& layout, const T* moments, Index columns, const T* w
       packed.fill_from(moments, layout.features, columns, weights, piece.start + done, depth);
       transpose<T>(packed.data, packed.kStride, columns, depth, turned, by_row);
       for (Index t = 0; t < tokens; t += N) {
+        prefetch_piece(moments, layout.features, columns, piece.start + done + depth, t, tokens);
         T* by_phi = slopes.panel(t) + (piece.formed + done) * N;
         if (piece.factor < 0) {
           product<T>(depth, turned, by_row, g.row(0) + t, g.stride, columns,
@@ -252,9 +264,9 @@ template <class T> INLINE void add(T* sums, T* compensation, Vector<T> increment
   store(compensation, dropped);
 }
 
-// moments[e, r] += weights[r] sum_t u[e, t] Phi_r(x_t), with x_columns the same tokens as the features; weights and
-// compensation may be null.
-template <class T>
+// moments[e, r] += weights[r] sum_t u[e, t] scale[t] Phi_r(x_t), with x [d, x_row] the same tokens as the features;
+// scale, weights and compensation may be null. scaled: room for [E, tokens + 16].
+template <Index chain, class T>
 void update(const Layout& layout, const MonomialPanels<T>& features, const T* x, Index x_row, const T* u, Index u_row,
             const T* scale, Index columns, Index tokens, T* scaled, const T* weights, T* moments, T* compensation) {
   constexpr Index L = kLanes<T>, N = kPanel<T>;
@@ -277,7 +289,11 @@ void update(const Layout& layout, const MonomialPanels<T>& features, const T* x,
       const Index at = piece.start + column - begin;  // of the panel's first lane in the moments
       const Index skip = column < begin ? begin - column : 0, stop = end - column < N ? end - column : N;
       const bool whole = skip == 0 && stop == N;
-      product<T, kChain>(columns, a, a_row, features.panel(column), features.row, tokens,
+      for (Index e = 0; e < columns; ++e) {  // needed after the product, and too many streams for the hardware to follow
+        __builtin_prefetch(moments + e * layout.features + at, 1);
+        if (compensation) __builtin_prefetch(compensation + e * layout.features + at, 1);
+      }
+      product<T, chain>(columns, a, a_row, features.panel(column), features.row, tokens,
                  [&](Index e, Vector<T> left, Vector<T> right) INLINE_LAMBDA {
                    T* to = moments + e * layout.features + at;
                    T* dropped = compensation ? compensation + e * layout.features + at : nullptr;

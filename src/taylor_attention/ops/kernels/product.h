@@ -57,16 +57,16 @@ INLINE void product(Index rows, const T* a, Index a_row, const T* b, Index b_row
     constexpr int R = decltype(height)::value;
     Vector<T> c[R][2];
     multiply<R, T>(c, a + first * a_row, a_row, b, b_row, chain && chain < depth ? chain : depth);
-    if (chain && depth > chain) {
-      Vector<T> total[R][2];
-      for (Index k = chain; k < depth; k += chain ? chain : depth) {
-        for (int r = 0; r < R; ++r) {
-          total[r][0] = k == chain ? c[r][0] : total[r][0] + c[r][0];
-          total[r][1] = k == chain ? c[r][1] : total[r][1] + c[r][1];
+    if constexpr (chain > 0) {
+      if (chain < depth) {
+        Vector<T> total[R][2];
+        for (int r = 0; r < R; ++r) total[r][0] = c[r][0], total[r][1] = c[r][1];
+        for (Index k = chain; k < depth; k += chain) {
+          multiply<R, T>(c, a + first * a_row + k, a_row, b + k * b_row, b_row, depth - k < chain ? depth - k : chain);
+          for (int r = 0; r < R; ++r) total[r][0] += c[r][0], total[r][1] += c[r][1];
         }
-        multiply<R, T>(c, a + first * a_row + k, a_row, b + k * b_row, b_row, depth - k < chain ? depth - k : chain);
+        for (int r = 0; r < R; ++r) c[r][0] = total[r][0], c[r][1] = total[r][1];
       }
-      for (int r = 0; r < R; ++r) c[r][0] += total[r][0], c[r][1] += total[r][1];
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) emit(first + r, c[r][0], c[r][1]);

@@ -53,12 +53,12 @@ template <class T> struct Sweep {
   }
 
   // Add the keys of a range to the moments; what is before them has faded already.
-  void append(T* sums, T* compensation, Index from, Index to) {
+  template <Index chain> void append(T* sums, T* compensation, Index from, Index to) {
     tiles(from, to, [&](Index first, Index tokens) {
       keys.load(row, first, tokens);
       form<T>(layout, keys.rows, tokens, by_monomial);
       const T* scale = p.log_decay ? decay.to_end + (first - from) : nullptr;
-      update<T>(layout, by_monomial, keys.x.row(0), keys.x.stride, keys.u.row(0), keys.u.stride, scale, columns, tokens,
+      update<chain, T>(layout, by_monomial, keys.x.row(0), keys.x.stride, keys.u.row(0), keys.u.stride, scale, columns, tokens,
                 scaled, nullptr, sums, compensation);
     });
   }
@@ -72,9 +72,9 @@ template <class T> struct Sweep {
     T* compensation = p.compensation ? static_cast<T*>(p.compensation) + offset : nullptr;
     if (!p.sums && moments_used) fill(sums, columns * features, T(0));
     if (!p.causal) {
-      if (!p.direct) append(sums, compensation, 0, p.keys);
+      if (!p.direct) append<kChain>(sums, compensation, 0, p.keys);
       answer(0, p.queries, 0, p.direct ? p.keys : 0, p.direct ? p.started : true, sums);
-      if (p.direct && p.keep) append(sums, compensation, 0, p.keys);
+      if (p.direct && p.keep) append<kChain>(sums, compensation, 0, p.keys);
       return;
     }
     for (Index from = 0; from < p.keys; from += p.chunk) {
@@ -84,7 +84,7 @@ template <class T> struct Sweep {
       if (to < p.keys || p.keep) {
         fade(sums);
         if (compensation) fade(compensation);
-        append(sums, compensation, from, to);
+        append<kChain>(sums, compensation, from, to);
       }
     }
   }
@@ -155,7 +155,7 @@ template <class T> struct Sweep {
         });
     };
     if (!p.causal) {
-      if (!p.direct) append(sums, nullptr, 0, p.keys);
+      if (!p.direct) append<0>(sums, nullptr, 0, p.keys);
       return differentiate(0, p.queries, 0, p.direct ? p.keys : 0, p.direct ? p.started : true);
     }
     for (Index from = 0; from < p.keys; from += p.chunk) {
@@ -164,7 +164,7 @@ template <class T> struct Sweep {
       differentiate(from, to, from, to, from || p.started);
       if (to < p.keys) {
         fade(sums);
-        append(sums, nullptr, from, to);
+        append<0>(sums, nullptr, from, to);
       }
     }
   }
@@ -196,7 +196,7 @@ template <class T> struct Sweep {
           load(member, first, tokens);
           form<T>(layout, q_rows, tokens, by_monomial);
           const T* scale = p.log_decay ? decay.from_start + (first - from) : nullptr;
-          update<T>(layout, by_monomial, q.row(0), q.stride, g.row(0), g.stride, scale, columns, tokens, scaled,
+          update<0, T>(layout, by_monomial, q.row(0), q.stride, g.row(0), g.stride, scale, columns, tokens, scaled,
                     weights(), by_moments, nullptr);
         });
     };
