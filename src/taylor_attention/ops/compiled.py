@@ -244,7 +244,7 @@ def decode_(
         out.data_ptr(),
     )
     state.tail_length += 1
-    return out.to(dtype), unsafe
+    return out if dtype == sums.dtype else out.to(dtype), unsafe
 
 
 def fold_(state: State) -> None:

@@ -96,18 +96,21 @@ def _checked(
     """Check everything but the data. What was good once is good again: decoding repeats the same call very often."""
     if torch.compiler.is_compiling():
         return _check(query, key, value, state, optional, scale, series, backend)
-    tensors = (query, key, value, optional.key_padding_mask, optional.log_decay)
+    mask, log_decay = optional.key_padding_mask, optional.log_decay
     try:
-        about_state = (type(state), state.sums.shape, state.tail_key.shape[2], state.degree, state.scale)
         signature = (
-            *((x.shape, x.dtype, x.device, x.requires_grad) if isinstance(x, Tensor) else x for x in tensors),
-            *about_state,
-            (state.sums.dtype, state.sums.device, state.sums.requires_grad),
-            scale,
-            type(scale),
-            series,
-            backend,
-            torch.is_grad_enabled(),
+            query.shape,
+            key.shape,
+            value.shape,
+            (query.dtype, key.dtype, value.dtype, query.device, key.device, value.device),
+            query.requires_grad or key.requires_grad or value.requires_grad or state.sums.requires_grad,
+            None if mask is None else (mask.shape, mask.dtype, mask.device),
+            None
+            if log_decay is None
+            else (log_decay.shape, log_decay.dtype, log_decay.device, log_decay.requires_grad),
+            (type(state), state.sums.shape, state.tail_key.shape[2], state.degree, state.scale),
+            (state.sums.dtype, state.sums.device),
+            (scale, type(scale), series, backend, torch.is_grad_enabled()),
         )
         found = _known.get(signature)
     except (AttributeError, TypeError):  # then the check has something to say

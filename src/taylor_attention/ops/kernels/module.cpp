@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "problem.h"
+#include "layout.h"
 
 namespace taylor {
 
@@ -56,47 +56,6 @@ std::vector<Target> available() {
 
 const std::vector<Target> targets = available();
 const Kernels* kernels = targets[0].kernels;
-
-// ---- the packed axis -------------------------------------------------------------------------------------------------
-
-constexpr Index kShortest = 48;  // shorter blocks of the highest degree are formed: too short for a product each
-
-struct OwnedLayout {
-  Layout view;
-  std::vector<Block> formed, blocks, every;
-};
-
-Index monomials(Index head_dim, Index degree) {  // C(head_dim + degree - 1, degree)
-  Index count = 1;
-  for (Index i = 1; i <= degree; ++i) count = count * (head_dim + i - 1) / i;
-  return count;
-}
-
-std::unique_ptr<OwnedLayout> make_layout(Index head_dim, Index degree) {
-  auto owned = std::make_unique<OwnedLayout>();
-  Index end = degree > 0 ? 1 + head_dim : 1;  // of the degree below
-  Index lower = end, dropped = 0;             // rows of the highest degree that are not formed
-  for (Index p = 2; p <= degree; ++p) {
-    Index start = end;
-    if (p == degree) lower = end;
-    for (Index i = 0; i < head_dim; ++i) {
-      const Index count = monomials(head_dim - i, p - 1), suffix = end - count;
-      owned->every.push_back({i, start, suffix, count});
-      if (p == degree && count >= kShortest) {
-        owned->blocks.push_back({i, start, suffix, count});
-        dropped += count;
-      } else {
-        owned->formed.push_back({i, start - dropped, suffix, count});
-      }
-      start += count;
-    }
-    end = start;
-  }
-  owned->view = {head_dim, degree, end, lower, end - lower - dropped,
-                 owned->formed.data(), Index(owned->formed.size()), owned->blocks.data(), Index(owned->blocks.size()),
-                 owned->every.data(), Index(owned->every.size())};
-  return owned;
-}
 
 const Layout* layout_of(Index head_dim, Index degree) {  // under the interpreter's lock
   static std::map<std::pair<Index, Index>, std::unique_ptr<OwnedLayout>> known;
