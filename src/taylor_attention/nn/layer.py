@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import expect
 from .decay import Decay
 from .norm import RMSNorm
-from .rotary import positions, rotate, rotation
+from .rotary import Rotation, positions, rotate, rotation
 
 
 class Heads(NamedTuple):
@@ -87,6 +87,7 @@ class Attention(nn.Module):
         state: Any = None,
         return_state: bool = False,
         key_padding_mask: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> Any:
         """Attend over x, after what `state` holds.
 
@@ -95,6 +96,7 @@ class Attention(nn.Module):
             state: what came before, from `new_state` or from an earlier call; it is not changed.
             return_state: whether to return the state after x as well.
             key_padding_mask: bool [B, T], True = attend; padding on the left or on the right.
+            rotation: what `rotation` gives for these tokens, where layers share it; computed if not given.
 
         Returns:
             y [B, T, d_model], or (y, state).
@@ -103,12 +105,14 @@ class Attention(nn.Module):
             ArgumentError: the input or the state does not fit this layer.
         """
         self._check(x, state, key_padding_mask)
-        mixed, after = self._mix(self._project(x, state, key_padding_mask), state, return_state)
+        mixed, after = self._mix(self._project(x, state, key_padding_mask, rotation), state, return_state)
         y = self._merge_heads(mixed)
         return (y, after) if return_state else y
 
     @torch.no_grad()
-    def decode_(self, x: Tensor, state: Any, *, key_padding_mask: Tensor | None = None) -> Tensor:
+    def decode_(
+        self, x: Tensor, state: Any, *, key_padding_mask: Tensor | None = None, rotation: Rotation | None = None
+    ) -> Tensor:
         """Attend over n more tokens x [B, n, d_model] and append them to `state` in place, without gradients.
 
         Returns y [B, n, d_model]. Raises ArgumentError as `forward`.
@@ -116,7 +120,17 @@ class Attention(nn.Module):
         expect(self.causal, "decode_", "a causal layer", "causal=False")
         expect(state is not None, "state", "a state, from new_state(batch_size)", None)
         self._check(x, state, key_padding_mask)
-        return self._merge_heads(self._mix_(self._project(x, state, key_padding_mask), state))
+        return self._merge_heads(self._mix_(self._project(x, state, key_padding_mask, rotation), state))
+
+    def rotation(
+        self, x: Tensor, *, state: Any = None, key_padding_mask: Tensor | None = None
+    ) -> Rotation | None:
+        """The turn of queries and keys at the positions of x, the same in every layer of a model; None without rope.
+
+        In float32 at least. Takes and raises what `forward` does.
+        """
+        self._check(x, state, key_padding_mask)
+        return self._rotation(x, state, key_padding_mask)
 
     def new_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -145,13 +159,21 @@ class Attention(nn.Module):
             got = (state.batch_size, state.kv_heads, state.head_dim, state.value_dim)
             expect(got == wanted, "state", f"(sequences, kv heads, head_dim, value_dim) = {wanted}", got)
 
-    def _project(self, x: Tensor, state: Any, key_padding_mask: Tensor | None) -> Heads:
+    def _rotation(self, x: Tensor, state: Any, key_padding_mask: Tensor | None) -> Rotation | None:
+        if self.rope_base is None:
+            return None
+        at = positions(x.shape[1], None if state is None else state.tokens, key_padding_mask, x.device)
+        return rotation(at, self.head_dim, self.rope_base, torch.promote_types(self.query.weight.dtype, torch.float32))
+
+    def _project(
+        self, x: Tensor, state: Any, key_padding_mask: Tensor | None, rotation: Rotation | None = None
+    ) -> Heads:
         query = self.query_norm(_split_heads(self.query(x), self.head_dim))
         key = self.key_norm(_split_heads(self.key(x), self.head_dim))
         value = _split_heads(self.value(x), self.value_dim)
-        if self.rope_base is not None:
-            at = positions(x.shape[1], None if state is None else state.tokens, key_padding_mask, x.device)
-            cosines, sines = rotation(at, self.head_dim, self.rope_base, query.dtype)
+        turn = self._rotation(x, state, key_padding_mask) if rotation is None else rotation
+        if turn is not None:
+            cosines, sines = (each.to(query.dtype) for each in turn)
             query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
         log_decay = None if self.decay is None else self.decay(x, key_padding_mask)
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the norms are float32
@@ -163,7 +185,7 @@ class Attention(nn.Module):
 
 def _split_heads(x: Tensor, width: int) -> Tensor:
     """[B, T, H * width] -> [B, H, T, width]."""
-    return x.unflatten(-1, (-1, width)).transpose(1, 2)
+    return x.view(*x.shape[:2], x.shape[2] // width, width).transpose(1, 2)
 
 
 def check_decay(decay: str | None, causal: bool = True) -> None:

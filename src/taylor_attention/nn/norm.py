@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class RMSNorm(nn.RMSNorm):
@@ -13,4 +14,5 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape, in the gain's dtype."""
-        return super().forward(x.to(self.weight.dtype))
+        gain = self.weight
+        return functional.rms_norm(x.to(gain.dtype), gain.shape, gain, self.eps)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and signed sines, [B or 1, 1, T, d] each, that turn T tokens."""
+
 
 def positions(length: int, tokens: Tensor | None, key_padding_mask: Tensor | None, device: torch.device) -> Tensor:
     """Positions [B or 1, T] int64 of new tokens that follow `tokens` [B] attended ones; padding does not count.
@@ -18,7 +21,7 @@ def positions(length: int, tokens: Tensor | None, key_padding_mask: Tensor | Non
     return new if tokens is None else tokens[:, None] + new
 
 
-def rotation(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotation(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotation:
     """Cosines and signed sines [B or 1, 1, T, d] of the angles position * base^(-2i/d), as `rotate` takes them.
 
     The angles are formed in float64: in float32 the fastest angle is off by 0.06 radians at a million tokens.

@@ -100,17 +100,19 @@ class Block(nn.Module):
         *,
         state: Any = None,
         return_state: bool = False,
-        key_padding_mask: Tensor | None = None,
+        **shared: Any,
     ) -> tuple[Tensor, Any]:
-        """x [B, T, d_model] -> the same shape, and the state after it (None unless `return_state`)."""
-        normed = self.attention_norm(x)
-        mixed = self.attention(normed, state=state, return_state=return_state, key_padding_mask=key_padding_mask)
+        """x [B, T, d_model] -> the same shape, and the state after it (None unless `return_state`).
+
+        `shared` by all blocks: `key_padding_mask` and `rotation`, as `Attention` takes them.
+        """
+        mixed = self.attention(self.attention_norm(x), state=state, return_state=return_state, **shared)
         mixed, after = mixed if return_state else (mixed, None)
         return self._feed(x + mixed), after
 
-    def decode_(self, x: Tensor, state: Any, *, key_padding_mask: Tensor | None = None) -> Tensor:
-        """x [B, n, d_model] -> the same shape; the tokens are appended to `state` in place."""
-        return self._feed(x + self.attention.decode_(self.attention_norm(x), state, key_padding_mask=key_padding_mask))
+    def decode_(self, x: Tensor, state: Any, **shared: Any) -> Tensor:
+        """x [B, n, d_model] -> the same shape; the tokens are appended to `state` in place; `shared` as in `forward`."""
+        return self._feed(x + self.attention.decode_(self.attention_norm(x), state, **shared))
 
     def _feed(self, x: Tensor) -> Tensor:
         return x + self.contract(functional.relu(self.expand(self.mlp_norm(x))).square())
@@ -151,9 +153,10 @@ class LanguageModel(nn.Module):
             ArgumentError: the tokens or the states do not fit this model.
         """
         self._check(tokens, states)
-        x, after = self._embed(tokens), []
-        for block, state in zip(self._layers(), states or [None] * len(self.blocks), strict=True):
-            x, new = block(x, state=state, return_state=return_states, key_padding_mask=key_padding_mask)
+        x, after, past = self._embed(tokens), [], states or [None] * len(self.blocks)
+        shared = self._share(x, past[0], key_padding_mask)
+        for block, state in zip(self._layers(), past, strict=True):
+            x, new = block(x, state=state, return_state=return_states, **shared)
             after.append(new)
         return (self._read(x), after) if return_states else self._read(x)
 
@@ -162,8 +165,9 @@ class LanguageModel(nn.Module):
         """Logits [B, n, vocab_size] of n more tokens [B, n], appended to the states in place, without gradients."""
         self._check(tokens, states)
         x = self._embed(tokens)
+        shared = self._share(x, states[0], key_padding_mask)
         for block, state in zip(self._layers(), states, strict=True):
-            x = block.decode_(x, state, key_padding_mask=key_padding_mask)
+            x = block.decode_(x, state, **shared)
         return self._read(x)
 
     def new_states(
@@ -191,6 +195,11 @@ class LanguageModel(nn.Module):
 
     def _layers(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))  # ModuleList forgets what it holds
+
+    def _share(self, x: Tensor, state: Any, key_padding_mask: Tensor | None) -> dict[str, Any]:
+        """What is the same in all blocks: the padding, and the rotation at the positions that the first state gives."""
+        rotation = self._layers()[0].attention.rotation(x, state=state, key_padding_mask=key_padding_mask)
+        return {"key_padding_mask": key_padding_mask, "rotation": rotation}
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.embedding_norm(self.embedding(tokens))  # [B, T, d_model]

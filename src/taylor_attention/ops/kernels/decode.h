@@ -229,12 +229,14 @@ template <class T> void fold_rows(const Fold& f) {
       const T factor = T(exp(f.tail_log_decay[row]));
       for (Index i = 0; i < columns * features; ++i) sums[i] *= factor, compensation[i] *= factor;
     }
-    Buffer<T> rows(f.length * d), scaled(columns * (f.length + 16));
-    transpose<T>(keys, f.width, d, f.length, rows, d);
-    const MonomialPanels<T> by_monomial(layout, f.length);
-    form<T>(layout, rows, f.length, by_monomial);
-    update<kChain, T>(layout, by_monomial, keys, f.width, values, f.width, nullptr, columns, f.length, scaled, nullptr, sums,
-              compensation);
+    const Columns<T> x(d, f.length);
+    for (Index c = 0; c < d; ++c) memcpy(x.row(c), keys + c * f.width, f.length * sizeof(T));
+    clear_padding(x, d, f.length);
+    Buffer<T> scaled(columns * (f.length + 16));
+    const MonomialPanels<T> by_monomial(layout, round_up(f.length, kPanel<T>));
+    form<T>(layout, x, f.length, by_monomial);
+    update<kChain, T>(layout, by_monomial, x.row(0), x.stride, values, f.width, nullptr, columns, f.length, scaled,
+                      nullptr, sums, compensation);
   });
 }
 

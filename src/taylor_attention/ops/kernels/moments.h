@@ -47,27 +47,28 @@ template <class T> struct TokenPanels {
   Buffer<T> data;
 };
 
-template <class T> void form(const Layout& layout, const Columns<T>& x, Index tokens, const TokenPanels<T>& features) {
+// The monomials of one panel of tokens, from token t on: to [rows, panel].
+template <class T> void form_panel(const Layout& layout, const Columns<T>& x, Index t, T* to) {
   constexpr Index L = kLanes<T>, N = kPanel<T>;
-  for (Index t = 0; t < tokens; t += N) {
-    T* phi = features.panel(t);
-    fill(phi, N, T(1));
-    if (layout.degree == 0) continue;
-    for (Index c = 0; c < layout.head_dim; ++c) {
-      store(phi + (1 + c) * N, load(x.row(c) + t));
-      store(phi + (1 + c) * N + L, load(x.row(c) + t + L));
-    }
-    for (Index i = 0; i < layout.formed_count; ++i) {
-      const Block& block = layout.formed[i];
-      const Vector<T> left = load(x.row(block.index) + t), right = load(x.row(block.index) + t + L);
-      const T* from = phi + block.suffix * N;
-      T* to = phi + block.start * N;
-      for (Index r = 0; r < block.count; ++r, from += N, to += N) {
-        store(to, left * load(from));
-        store(to + L, right * load(from + L));
-      }
+  fill(to, N, T(1));
+  for (Index c = 0; layout.degree > 0 && c < layout.head_dim; ++c) {
+    store(to + (1 + c) * N, load(x.row(c) + t));
+    store(to + (1 + c) * N + L, load(x.row(c) + t + L));
+  }
+  for (Index i = 0; i < layout.formed_count; ++i) {
+    const Block& block = layout.formed[i];
+    const Vector<T> left = load(x.row(block.index) + t), right = load(x.row(block.index) + t + L);
+    const T* from = to + block.suffix * N;
+    T* start = to + block.start * N;
+    for (Index r = 0; r < block.count; ++r, from += N, start += N) {
+      store(start, left * load(from));
+      store(start + L, right * load(from + L));
     }
   }
+}
+
+template <class T> void form(const Layout& layout, const Columns<T>& x, Index tokens, const TokenPanels<T>& features) {
+  for (Index t = 0; t < tokens; t += kPanel<T>) form_panel<T>(layout, x, t, features.panel(t));
 }
 
 // T[e, columns] times weights, packed as [E, kDepth + 16].
@@ -203,45 +204,33 @@ template <class T> struct MonomialPanels {
         apart(width * tile * Index(sizeof(T)) > (Index(1) << 18)),
         row(apart ? kPanel<T> : width + (width / 16 % 2 ? 32 : 16)),
         step(apart ? tile * kPanel<T> : kPanel<T>),
-        data(apart ? width * tile : row * tile + 16) {}
-  const T* panel(Index first_column) const { return data + first_column / kPanel<T> * step; }
+        data(apart ? width * tile : row * tile) {}
+  T* panel(Index first_column) const { return data + first_column / kPanel<T> * step; }
   const Index lead, width;
   const bool apart;
   const Index row, step;  // from token to token, from panel to panel
   Buffer<T> data;
 };
 
-// x: one row per token [tokens, d].
-template <class T> void form(const Layout& layout, const T* x, Index tokens, const MonomialPanels<T>& features) {
-  constexpr Index L = kLanes<T>, N = kPanel<T>, kTogether = 8;
-  const Index d = layout.head_dim, lead = features.lead, width = features.width + L;
-  Buffer<T> some(features.apart ? kTogether * width + L : 0);
-  for (Index first = 0; first < tokens; first += kTogether) {
-    const Index count = tokens - first < kTogether ? tokens - first : kTogether;
-    T* phi = features.apart ? static_cast<T*>(some) : features.data + first * features.row;
-    const Index row = features.apart ? width : features.row;
-    for (Index t = 0; t < count; ++t) {
-      fill(phi + t * row, lead, T(0));
-      phi[t * row + lead] = 1;
-      if (layout.degree > 0) memcpy(phi + t * row + lead + 1, x + (first + t) * d, d * sizeof(T));
-    }
-    for (Index i = 0; i < layout.formed_count; ++i) {
-      const Block& block = layout.formed[i];
-      for (Index t = 0; t < count; ++t) {
-        const Vector<T> x_i = broadcast(x[(first + t) * d + block.index]);
-        const T* from = phi + t * row + lead + block.suffix;
-        T* to = phi + t * row + lead + block.start;
-        for (Index r = 0; r < block.count; r += L) store(to + r, x_i * load(from + r));  // beyond: overwritten next
-      }
-    }
-    const Index end = lead + layout.lower + layout.tail;
-    for (Index t = 0; t < count; ++t) fill(phi + t * row + end, features.width - end, T(0));
-    if (!features.apart) continue;
-    for (Index column = 0; column < features.width; column += N) {
-      T* to = features.data + column / N * features.step + first * N;
-      for (Index t = 0; t < count; ++t, to += N) {
-        store(to, load(phi + t * row + column));
-        store(to + L, load(phi + t * row + column + L));
+// As for reading, then turned: whole panels of tokens, so a tile must have room for the last one.
+template <class T>
+void form(const Layout& layout, const Columns<T>& x, Index tokens, const MonomialPanels<T>& features) {
+  constexpr Index L = kLanes<T>, N = kPanel<T>;
+  const Index lead = features.lead, rows = layout.lower + layout.tail;
+  Buffer<T> some(features.width * N);
+  fill(static_cast<T*>(some), lead * N, T(0));
+  fill(some + (lead + rows) * N, (features.width - lead - rows) * N, T(0));
+  for (Index t = 0; t < tokens; t += N) {
+    form_panel<T>(layout, x, t, some + lead * N);
+    for (Index column = 0; column < features.width; column += L) {
+      T* to = features.panel(column) + t * features.row + column % N;
+      for (Index half = 0; half < N; half += L) {
+        Vector<T> a[L];
+#pragma GCC unroll 16
+        for (Index i = 0; i < L; ++i) a[i] = load(some + (column + i) * N + half);
+        turn<T>(a);
+#pragma GCC unroll 16
+        for (Index i = 0; i < L; ++i) store(to + (half + i) * features.row, a[i]);
       }
     }
   }

@@ -62,57 +62,55 @@ template <class T> INLINE void fill(T* p, Index count, T value) {
   for (Index i = 0; i < count; ++i) p[i] = value;
 }
 
-// [rows, columns] with row strides -> [columns, rows]: blocks of lanes x lanes by zips, the rest one by one.
-template <class T> struct Zip;
-template <> struct Zip<float> {
-  using V = Vector<float>;
-#if VECTOR_BYTES == 16
-  static INLINE V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-  static INLINE V high(V a, V b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-#elif VECTOR_BYTES == 32
-  static INLINE V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-  static INLINE V high(V a, V b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
-#else
-  static INLINE V low(V a, V b) {
-    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  }
-  static INLINE V high(V a, V b) {
-    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  }
-#endif
-};
-template <> struct Zip<double> {
-  using V = Vector<double>;
-#if VECTOR_BYTES == 16
-  static INLINE V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 2); }
-  static INLINE V high(V a, V b) { return __builtin_shufflevector(a, b, 1, 3); }
-#elif VECTOR_BYTES == 32
-  static INLINE V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-  static INLINE V high(V a, V b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-#else
-  static INLINE V low(V a, V b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-  static INLINE V high(V a, V b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
-#endif
-};
+// The first or the second halves of two vectors, interleaved in pieces of `step` lanes, within parts of `part` lanes:
+// zip<1, 4>(a, b) of eight lanes is a0 b0 a1 b1 | a4 b4 a5 b5, which is one instruction where a part is 16 bytes.
+template <class T, int step, int part, bool second, int... lane>
+INLINE Vector<T> zip(Vector<T> a, Vector<T> b, std::integer_sequence<int, lane...>) {
+  constexpr int L = sizeof...(lane);
+  return __builtin_shufflevector(
+      a, b, (lane / part * part + (second ? part / 2 : 0) + lane % part / (2 * step) * step + lane % step +
+             (lane / step % 2 ? L : 0))...);
+}
 
+// Rows a[i] become columns: zips of ever longer pieces within 16 bytes, then of whole such parts.
+template <class T, int step, int part, class Lanes>
+INLINE void turn_step(Vector<T> (&a)[kLanes<T>], Vector<T> (&b)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    const int low = i & ~step, high = i | step;
+    b[i] = i & step ? zip<T, step, part, true>(a[low], a[high], Lanes{}) : zip<T, step, part, false>(a[low], a[high], Lanes{});
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) a[i] = b[i];
+}
+
+template <class T> INLINE void turn(Vector<T> (&a)[kLanes<T>]) {
+  constexpr int L = kLanes<T>, P = 16 / sizeof(T);
+  using Lanes = std::make_integer_sequence<int, L>;
+  Vector<T> b[L];
+  turn_step<T, 1, P, Lanes>(a, b);
+  if constexpr (P == 4) turn_step<T, 2, P, Lanes>(a, b);
+  if constexpr (L > P) turn_step<T, P, 2 * P, Lanes>(a, b);
+  if constexpr (L > 2 * P) turn_step<T, 2 * P, 4 * P, Lanes>(a, b);
+  if constexpr (P == 4)  // two zips within a part leave its middle columns the wrong way round
+#pragma GCC unroll 4
+    for (int i = 0; i < L; i += 4) {
+      const Vector<T> middle = a[i + 1];
+      a[i + 1] = a[i + 2], a[i + 2] = middle;
+    }
+}
+
+// [rows, columns] with row strides -> [columns, rows]: blocks of lanes x lanes in registers, the rest one by one.
 template <class T> void transpose(const T* from, Index from_row, Index rows, Index columns, T* to, Index to_row) {
   constexpr Index L = kLanes<T>;
   const Index whole_rows = rows / L * L, whole_columns = columns / L * L;
   for (Index r = 0; r < whole_rows; r += L)
     for (Index c = 0; c < whole_columns; c += L) {
-      Vector<T> a[L], b[L];
+      Vector<T> a[L];
 #pragma GCC unroll 16
       for (Index i = 0; i < L; ++i) a[i] = load(from + (r + i) * from_row + c);
-#pragma GCC unroll 4
-      for (Index width = 1; width < L; width *= 2) {
-#pragma GCC unroll 16
-        for (Index i = 0; i < L / 2; ++i) {
-          b[2 * i] = Zip<T>::low(a[i], a[i + L / 2]);
-          b[2 * i + 1] = Zip<T>::high(a[i], a[i + L / 2]);
-        }
-#pragma GCC unroll 16
-        for (Index i = 0; i < L; ++i) a[i] = b[i];
-      }
+      turn<T>(a);
 #pragma GCC unroll 16
       for (Index i = 0; i < L; ++i) store(to + (c + i) * to_row + r, a[i]);
     }

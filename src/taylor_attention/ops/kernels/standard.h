@@ -5,5 +5,6 @@
 #include <string.h>
 
 #include <new>
+#include <utility>
 
 #include "problem.h"

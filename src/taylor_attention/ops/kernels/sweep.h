@@ -56,7 +56,7 @@ template <class T> struct Sweep {
   template <Index chain> void append(T* sums, T* compensation, Index from, Index to) {
     tiles(from, to, [&](Index first, Index tokens) {
       keys.load(row, first, tokens);
-      form<T>(layout, keys.rows, tokens, by_monomial);
+      form<T>(layout, keys.x, tokens, by_monomial);
       const T* scale = p.log_decay ? decay.to_end + (first - from) : nullptr;
       update<chain, T>(layout, by_monomial, keys.x.row(0), keys.x.stride, keys.u.row(0), keys.u.stride, scale, columns, tokens,
                 scaled, nullptr, sums, compensation);
@@ -194,7 +194,7 @@ template <class T> struct Sweep {
       for (Index member = 0; member < p.group; ++member)
         tiles(from, to, [&](Index first, Index tokens) {
           load(member, first, tokens);
-          form<T>(layout, q_rows, tokens, by_monomial);
+          form<T>(layout, q, tokens, by_monomial);
           const T* scale = p.log_decay ? decay.from_start + (first - from) : nullptr;
           update<0, T>(layout, by_monomial, q.row(0), q.stride, g.row(0), g.stride, scale, columns, tokens, scaled,
                     weights(), by_moments, nullptr);
