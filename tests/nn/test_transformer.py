@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from taylor_attention.errors import ArgumentError
-from taylor_attention.nn import LanguageModel, ModelConfig
+from taylor_attention.nn import LanguageModel, ModelConfig, layer
 from tolerances import TOLERANCE, relative_error
 
 SMALL: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
@@ -161,3 +161,31 @@ def test_misused_calls_are_named(attention: str):
         model(text(1, 3).to(torch.uint8))
     with pytest.raises(ArgumentError, match="states: expected 2 of them, one per layer, got 1"):
         model.decode_(text(1, 3), model.new_states(1)[:1])
+
+
+@pytest.mark.parametrize("rope", [True, False])
+def test_the_rotation_is_computed_once_and_shared_by_all_layers(
+    attention: str, rope: bool, monkeypatch: pytest.MonkeyPatch
+):
+    model, tokens = build(attention, rope=rope), text(2, 5)
+    states = model.new_states(2)
+    model.decode_(text(2, 3), states)
+    before = [state.clone() for state in states]
+    counted: list[int] = []
+    rotation = layer.rotation
+    monkeypatch.setattr(layer, "rotation", lambda *inputs: counted.append(1) or rotation(*inputs))
+    got = model(tokens, states=states), model.decode_(tokens, states)
+    assert len(counted) == (2 if rope else 0)
+    x = model._embed(tokens)
+    for block, state in zip(model.blocks, before, strict=True):  # each layer for itself
+        x = block(x, state=state)[0]
+    expected = model._read(x)
+    assert torch.equal(got[0], expected)
+    assert relative_error(got[1], expected) < TOLERANCE[torch.float64]
+
+
+def test_a_wrong_first_state_is_refused(attention: str):
+    model = build(attention)
+    for wrong, message in ((None, "a state"), (3, "from new_state"), (model.new_states(1)[0], "sequences")):
+        with pytest.raises(ArgumentError, match=rf"^state: expected .*{message}"):
+            model.decode_(text(2, 1), [wrong, *model.new_states(2)[1:]])

@@ -15,7 +15,13 @@ OURS, SOFTMAX, RECURRENT = "taylor", "sdpa", "recurrent"
 FORWARD = "taylor forward"
 """In training cases: the forward pass alone."""
 
-START, PREFILL, TRAIN, DECODE = KINDS = ("start", "prefill", "train", "decode")
+START, PREFILL, TRAIN, DECODE, MODEL = KINDS = ("start", "prefill", "train", "decode", "model")
+
+MODEL_SHAPE = (16, 2)
+"""Head size and degree of the shipped model."""
+
+MODEL_CONTEXT = 16384
+"""The models read longer contexts only where there is no shorter one: softmax takes a minute for 64K bytes."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: `length` is the context of a decode step, or the tokens of a prefill or training step."""
+    """One problem: `length` is the context of a decode or model step, or the tokens of a prefill or training step."""
 
     kind: str
     head_dim: int
@@ -65,7 +71,8 @@ class Outcome:
         milliseconds: of a step, median over turns; None where it did not take part, and `skipped` says why.
         fastest, slowest: of the turns, in milliseconds. turns, steps: turns timed, and steps in each.
         error: largest relative L2 difference from the float64 reference, None where there is nothing to compare.
-        nbytes: allocated for the context (decode), or the most by which resident memory grew in a call.
+        nbytes: allocated for the context (decode, model), or the most by which resident memory grew in a call.
+        attention: milliseconds of the step that the attention operator takes (model).
         skipped: why it did not take part.
     """
 
@@ -76,7 +83,13 @@ class Outcome:
     steps: int = 0
     error: float | None = None
     nbytes: int | None = None
+    attention: float | None = None
     skipped: str | None = None
+
+    @property
+    def attention_share(self) -> float | None:
+        """Of the step's time that the attention operator takes (model)."""
+        return None if self.attention is None or self.milliseconds is None else self.attention / self.milliseconds
 
 
 @dataclass(frozen=True)
@@ -115,9 +128,15 @@ class Result:
         both, forward = self.milliseconds(OURS), self.milliseconds(FORWARD)
         return None if both is None or forward is None else both / forward
 
+    @property
+    def attention_shares(self) -> dict[str, float | None]:
+        """Of a model case: what part of each contestant's step its attention operator takes."""
+        return {name: outcome.attention_share for name, outcome in self.outcomes.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; what is derived stands there too, for readers."""
-        return asdict(self) | {"fraction": self.fraction, "forward_ratio": self.forward_ratio}
+        derived = {"fraction": self.fraction, "forward_ratio": self.forward_ratio}
+        return asdict(self) | derived | {"attention_shares": self.attention_shares}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Result:
@@ -149,15 +168,19 @@ def plan_cases(
     contexts: Iterable[int],
     lengths: Iterable[int],
 ) -> list[Case]:
-    """Every combination, kind by kind in the order of `KINDS`, short before long; start-up is one case."""
+    """Every combination, kind by kind in the order of `KINDS`, short before long; start-up is one case.
+
+    The shipped model has one shape, whatever is asked for, and reads contexts up to `MODEL_CONTEXT`, else the shortest.
+    """
     sizes = {DECODE: sorted(set(contexts)), PREFILL: sorted(set(lengths)), TRAIN: sorted(set(lengths)), START: [256]}
+    sizes[MODEL] = [size for size in sizes[DECODE] if size <= MODEL_CONTEXT] or sizes[DECODE][:1]
     shapes = [(head_dim, degree) for head_dim in sorted(set(head_dims)) for degree in sorted(set(degrees))]
     wanted = set(kinds)
     return [
         Case(kind, head_dim, degree, size)
         for kind in KINDS
         if kind in wanted
-        for head_dim, degree in (shapes[:1] if kind == START else shapes)
+        for head_dim, degree in {START: shapes[:1], MODEL: [MODEL_SHAPE]}.get(kind, shapes)
         for size in sizes[kind]
     ]
 

@@ -8,14 +8,14 @@ from math import exp, log
 from typing import Any
 
 from ..core.cost import break_even_context
-from .cases import DECODE, FORWARD, OURS, PREFILL, SOFTMAX, TRAIN, Result
+from .cases import DECODE, FORWARD, MODEL, OURS, PREFILL, SOFTMAX, TRAIN, Result
 
 Shape = tuple[int, int]  # head size, degree
 
 
 def derive(results: Iterable[Result]) -> dict[str, list[dict[str, Any]]]:
     """The facts of each kind, one row per head size and degree."""
-    found: dict[str, list[dict[str, Any]]] = {DECODE: [], PREFILL: [], TRAIN: []}
+    found: dict[str, list[dict[str, Any]]] = {DECODE: [], PREFILL: [], TRAIN: [], MODEL: []}
     for (kind, head_dim, degree), own in _series(results).items():
         shape = {"head_dim": head_dim, "degree": degree}
         rivals = {"speedup": {name: _speedups(own, name) for name in _rivals(own)}}
@@ -25,6 +25,8 @@ def derive(results: Iterable[Result]) -> dict[str, list[dict[str, Any]]]:
             found[kind].append(shape | rivals | _prefill_facts(own))
         elif kind == TRAIN:
             found[kind].append(shape | rivals | {"forward_ratio": {r.case.length: r.forward_ratio for r in own}})
+        elif kind == MODEL:
+            found[kind].append(shape | rivals | {"attention_shares": {r.case.length: r.attention_shares for r in own}})
     return found
 
 

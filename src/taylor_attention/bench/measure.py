@@ -10,9 +10,10 @@ import torch
 
 from ..lm.threads import thread_count
 from ..ops.attention import attention
-from . import decode, sequence, start
+from . import decode, model, sequence, start
 from .cases import (
     DECODE,
+    MODEL,
     OURS,
     PREFILL,
     START,
@@ -52,6 +53,8 @@ def measure(case: Case, bench: Bench) -> Result:
     settings = bench.settings
     if case.kind == START:
         return start.measure(case, settings)
+    if case.kind == MODEL:
+        return model.measure(case, settings)
     try:
         refuse_large_state(case, settings)
     except DeclinedError as error:
@@ -111,6 +114,7 @@ def check(cases: Iterable[Case], settings: Settings) -> None:
         ArgumentError: a head size does not divide the width, or there is no such backend.
     """
     for case in cases:
-        count_heads(case, settings)
+        if case.kind != MODEL:
+            count_heads(case, settings)
     nothing = torch.zeros(1, 1, 1, 1)
     attention(nothing, nothing, nothing, degree=0, backend=settings.backend)

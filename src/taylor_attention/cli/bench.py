@@ -61,7 +61,7 @@ def _default(name: str) -> str:
     return f"[{', '.join(str(value) for value in values)}]"
 
 
-@click.command(short_help="Measure decode, prefill and training beside softmax and rivals.", epilog=_RIVALS)
+@click.command(short_help="Measure decode, prefill, training and a model beside softmax.", epilog=_RIVALS)
 @click.option("--only", multiple=True, type=click.Choice(KINDS), help="Measure this kind; repeatable [all].")
 @click.option("--head-dim", multiple=True, type=_POSITIVE, help=f"Head size; repeatable {_default('head_dim')}.")
 @click.option(
@@ -98,7 +98,8 @@ def _default(name: str) -> str:
 def bench(only: tuple[str, ...], folder: str, resume: bool, quick: bool, as_json: bool, **asked: Any) -> None:
     """Measure decode, prefill and training steps, by turns with softmax, the plain recurrence and rivals.
 
-    Every result is compared with float64 before it is timed. Ends with tables, a line of JSON, and
+    Then a generate step of the shipped model and of its softmax twin, and what part of it is attention. Every result is
+    checked before it is timed, those of attention against float64. Ends with tables, a line of JSON, and
     OUT/{results.jsonl, *.png}; about 15 minutes on two cores, or --quick.
     """
     defaults = QUICK if quick else FULL

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 
-from ..bench.cases import DECODE, FORWARD, OURS, PREFILL, START, TRAIN, Case, Result
+from ..bench.cases import DECODE, FORWARD, MODEL, OURS, PREFILL, START, TRAIN, Case, Result
 from ..bench.machine import COPY, GEMM, READ
 from .console import out, size, table
 
@@ -17,6 +18,7 @@ TITLES = {
     DECODE: "Decode: one token after a context",
     PREFILL: "Prefill: causal, forward",
     TRAIN: "Training: causal, forward and backward",
+    MODEL: "Model: generating one byte after a context, with the shipped weights",
 }
 WIDE = 140  # columns where stdout is no terminal: a file is as wide as its tables
 BUSY = 0.5
@@ -58,7 +60,7 @@ def report(summary: dict[str, Any], results: Sequence[Result]) -> None:
     for kind in TITLES:
         own = [result for result in results if result.case.kind == kind]
         if own:
-            console.print(_start_table(own) if kind == START else _table(kind, own))
+            console.print(_TABLES.get(kind, partial(_table, kind))(own))
     for made in (_decode_facts(summary["facts"][DECODE]), _prefill_facts(summary["facts"][PREFILL])):
         if made.row_count:
             console.print(made)
@@ -72,6 +74,25 @@ def _start_table(results: Sequence[Result]) -> Table:
     for result in results:
         shown.add_row(_shape(result.case), *(_number(result.milliseconds(name)) for name in names))
     return shown
+
+
+def _model_table(results: Sequence[Result]) -> Table:
+    """One row per context; for each twin its step and what of that is attention."""
+    names = list(dict.fromkeys(name for result in results for name in result.outcomes))
+    columns = (what for name in names for what in (f"{name} ms", "attention ms", "memory"))
+    shown = table(TITLES[MODEL], "d, degree", "tokens", *columns)
+    for result in results:
+        row = []
+        for name in names:
+            own = result.outcomes[name]
+            share = "" if own.attention_share is None else f" ({own.attention_share:.0%})"
+            memory = "-" if own.nbytes is None else size(own.nbytes)
+            row += [_number(own.milliseconds), f"{_number(own.attention)}{share}", memory]
+        shown.add_row(_shape(result.case), f"{result.case.length:,}", *row)
+    return shown
+
+
+_TABLES = {START: _start_table, MODEL: _model_table}
 
 
 def _table(kind: str, results: Sequence[Result]) -> Table:

@@ -49,11 +49,13 @@ def distribution(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    # Subtracting the maximum first keeps a tiny temperature from overflowing.
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if top_k is None and top_p in (None, 1):
+        return logits.softmax(-1)
     # A stable order makes the choice among equal logits the same everywhere.
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-    ranked, order = ranked[..., :top_k], order[..., :top_k]
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
-    weights = ((ranked - ranked[..., :1]) / temperature).softmax(-1)
+    weights, order = ranked[..., :top_k].softmax(-1), order[..., :top_k]
     if top_p is not None and top_p < 1:
         likelier = weights.cumsum(-1) - weights
         weights = weights.masked_fill(likelier >= top_p, 0.0)

@@ -122,9 +122,7 @@ class Attention(nn.Module):
         self._check(x, state, key_padding_mask)
         return self._merge_heads(self._mix_(self._project(x, state, key_padding_mask, rotation), state))
 
-    def rotation(
-        self, x: Tensor, *, state: Any = None, key_padding_mask: Tensor | None = None
-    ) -> Rotation | None:
+    def rotation(self, x: Tensor, *, state: Any = None, key_padding_mask: Tensor | None = None) -> Rotation | None:
         """The turn of queries and keys at the positions of x, the same in every layer of a model; None without rope.
 
         In float32 at least. Takes and raises what `forward` does.

@@ -111,7 +111,7 @@ class Block(nn.Module):
         return self._feed(x + mixed), after
 
     def decode_(self, x: Tensor, state: Any, **shared: Any) -> Tensor:
-        """x [B, n, d_model] -> the same shape; the tokens are appended to `state` in place; `shared` as in `forward`."""
+        """x [B, n, d_model] -> the same shape; the tokens are appended to `state` in place. `shared`: see `forward`."""
         return self._feed(x + self.attention.decode_(self.attention_norm(x), state, **shared))
 
     def _feed(self, x: Tensor) -> Tensor:

@@ -98,26 +98,34 @@ INLINE void prefetch_piece(const T* moments, Index features, Index columns, Inde
     for (Index r = start; r < stop; r += kLine) __builtin_prefetch(moments + e * features + r);
 }
 
+// y[e, t] += x_factor times what one panel of tokens reads from one packed piece; phi [depth, panel].
+template <class T>
+INLINE void read_piece(const PackedMoments<T>& packed, Index columns, const Columns<T>& x, Index factor, Index t,
+                       const T* phi, Index depth, const Columns<T>& y) {
+  constexpr Index L = kLanes<T>;
+  const Vector<T> one = broadcast(T(1));
+  const Vector<T> left = factor < 0 ? one : load(x.row(factor) + t);
+  const Vector<T> right = factor < 0 ? one : load(x.row(factor) + t + L);
+  product<T>(columns, static_cast<T*>(packed.data), packed.kStride, phi, kPanel<T>, depth,
+             [&](Index e, Vector<T> a, Vector<T> b) INLINE_LAMBDA {
+               T* to = y.row(e) + t;
+               store(to, load(to) + left * a);
+               store(to + L, load(to + L) + right * b);
+             });
+}
+
 // y[e, t] += what the tokens read; moments [E, M].
 template <class T>
 void read(const Layout& layout, const T* moments, Index columns, const T* weights, const Columns<T>& x, Index tokens,
           const TokenPanels<T>& features, PackedMoments<T>& packed, const Columns<T>& y) {
-  constexpr Index L = kLanes<T>, N = kPanel<T>;
+  constexpr Index N = kPanel<T>;
   for_pieces(layout, [&](const Piece& piece) {
     for (Index done = 0; done < piece.count; done += kDepth) {
       const Index depth = piece.count - done < kDepth ? piece.count - done : kDepth;
       packed.fill_from(moments, layout.features, columns, weights, piece.start + done, depth);
       for (Index t = 0; t < tokens; t += N) {
         prefetch_piece(moments, layout.features, columns, piece.start + done + depth, t, tokens);
-        const T* phi = features.panel(t) + (piece.formed + done) * N;
-        const Vector<T> one = broadcast(T(1));
-        const Vector<T> left = piece.factor < 0 ? one : load(x.row(piece.factor) + t);
-        const Vector<T> right = piece.factor < 0 ? one : load(x.row(piece.factor) + t + L);
-        product<T>(columns, packed.data, packed.kStride, phi, N, depth, [&](Index e, Vector<T> a, Vector<T> b) INLINE_LAMBDA {
-          T* to = y.row(e) + t;
-          store(to, load(to) + left * a);
-          store(to + L, load(to + L) + right * b);
-        });
+        read_piece(packed, columns, x, piece.factor, t, features.panel(t) + (piece.formed + done) * N, depth, y);
       }
     }
   });
@@ -125,13 +133,17 @@ void read(const Layout& layout, const T* moments, Index columns, const T* weight
 
 // ---- slope -----------------------------------------------------------------------------------------------------------
 
-// dx[c, t] += the gradient by x of sum g[e, t] (read of x)[e, t]; features as formed from x.
+// dx[c, t] += the gradient by x of sum g[e, t] (read of x)[e, t]; features as formed from x. If y is given, the read
+// itself is added to it, as by `read`: both need the same pieces of the moments.
 template <class T>
 void add_slope(const Layout& layout, const T* moments, Index columns, const T* weights, const Columns<T>& x,
                Index tokens, const TokenPanels<T>& features, PackedMoments<T>& packed, const Columns<T>& g,
-               const TokenPanels<T>& slopes, const Columns<T>& dx) {
+               const TokenPanels<T>& slopes, const Columns<T>& dx, const Columns<T>* y) {
   constexpr Index L = kLanes<T>, N = kPanel<T>;
-  if (layout.degree == 0) return;
+  if (layout.degree == 0) {
+    if (y) read<T>(layout, moments, columns, weights, x, tokens, features, packed, *y);
+    return;
+  }
   const Index by_row = columns + 1;
   Buffer<T> turned(kDepth * by_row);  // [kDepth, E]
   for_pieces(layout, [&](const Piece& piece) {
@@ -141,6 +153,8 @@ void add_slope(const Layout& layout, const T* moments, Index columns, const T* w
       transpose<T>(packed.data, packed.kStride, columns, depth, turned, by_row);
       for (Index t = 0; t < tokens; t += N) {
         prefetch_piece(moments, layout.features, columns, piece.start + done + depth, t, tokens);
+        const T* phi = features.panel(t) + (piece.formed + done) * N;
+        if (y) read_piece(packed, columns, x, piece.factor, t, phi, depth, *y);
         T* by_phi = slopes.panel(t) + (piece.formed + done) * N;
         if (piece.factor < 0) {
           product<T>(depth, turned, by_row, g.row(0) + t, g.stride, columns,
@@ -150,7 +164,6 @@ void add_slope(const Layout& layout, const T* moments, Index columns, const T* w
                      });
           continue;
         }
-        const T* phi = features.panel(t) + (piece.formed + done) * N;
         T *x_i = x.row(piece.factor) + t, *by_x = dx.row(piece.factor) + t;
         const Vector<T> left = load(x_i), right = load(x_i + L);
         Vector<T> by_left = load(by_x), by_right = load(by_x + L);

@@ -141,7 +141,7 @@ template <class T> struct Sweep {
               scale_columns(faded, columns, tokens, decay.from_start + (first - from));
             }
             add_slope<T>(layout, sums, columns, weights(), q, tokens, by_token, packed, p.log_decay ? faded : g, slopes,
-                         dq);
+                         dq, nullptr);
           }
           tiles(first_key, p.causal ? first + tokens : last_key, [&](Index key, Index count) {
             keys.load(row, key, count);
@@ -209,14 +209,13 @@ template <class T> struct Sweep {
         if (read_later) {
           const T* scale = p.log_decay ? decay.to_end + (first - from) : nullptr;
           form<T>(layout, keys.x, tokens, by_token);
-          read<T>(layout, by_moments, columns, nullptr, keys.x, tokens, by_token, packed, du);
           if (scale) {
-            scale_columns(du, columns, tokens, scale);
             memcpy(faded.data, keys.u.data, columns * keys.u.stride * sizeof(T));
             scale_columns(faded, columns, tokens, scale);
           }
           add_slope<T>(layout, by_moments, columns, nullptr, keys.x, tokens, by_token, packed, scale ? faded : keys.u,
-                       slopes, dk);
+                       slopes, dk, &du);
+          if (scale) scale_columns(du, columns, tokens, scale);
         }
         for (Index member = 0; member < p.group; ++member)
           tiles(p.causal ? first : first_query, last_query, [&](Index query, Index count) {
