@@ -184,8 +184,13 @@ def test_the_rotation_is_computed_once_and_shared_by_all_layers(
     assert relative_error(got[1], expected) < TOLERANCE[torch.float64]
 
 
-def test_a_wrong_first_state_is_refused(attention: str):
+WRONG_STATES = {"none": (None, "a state"), "a number": (3, "from new_state"), "another batch": (1, "sequences")}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
+def test_a_wrong_first_state_is_refused(attention: str, wrong: str):
     model = build(attention)
-    for wrong, message in ((None, "a state"), (3, "from new_state"), (model.new_states(1)[0], "sequences")):
-        with pytest.raises(ArgumentError, match=rf"^state: expected .*{message}"):
-            model.decode_(text(2, 1), [wrong, *model.new_states(2)[1:]])
+    state, message = WRONG_STATES[wrong]
+    state = model.new_states(1)[0] if wrong == "another batch" else state
+    with pytest.raises(ArgumentError, match=rf"^state: expected .*{message}"):
+        model.decode_(text(2, 1), [state, *model.new_states(2)[1:]])

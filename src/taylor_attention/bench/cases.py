@@ -21,7 +21,7 @@ MODEL_SHAPE = (16, 2)
 """Head size and degree of the shipped model."""
 
 MODEL_CONTEXT = 16384
-"""The models read longer contexts only where there is no shorter one: softmax takes a minute for 64K bytes."""
+"""The models read longer contexts only where there is no shorter one: softmax takes minutes for 64K bytes."""
 
 
 @dataclass(frozen=True)
