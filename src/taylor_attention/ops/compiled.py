@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ class _Call:
 
 
 def _entries_together(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _visible(inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
@@ -184,57 +185,68 @@ def _constants(head_dim: int, coefficients: tuple[float, ...], dtype: torch.dtyp
         return torch.tensor(coefficients, dtype=dtype), reading_weights(head_dim, coefficients, dtype)
 
 
+class Step(NamedTuple):
+    """What all decoding steps of the same sizes hand over."""
+
+    sizes: tuple[int, ...]
+    threads: int
+    settings: tuple[float, float]
+    constants: tuple[Tensor, Tensor]
+    addresses: tuple[int, int]  # of the constants
+    out: tuple[int, ...]  # the output's shape
+
+
+def plan_step(query: Tensor, state: State, coefficients: tuple[float, ...], safe_share: float | None) -> Step:
+    """Prepare decoding steps for queries like this one [B, Hq, 1, d] and states like this one.
+
+    Args:
+        safe_share: normalisers below this share of what the visible keys give at score zero make NaN; None: no check.
+    """
+    batch, heads, columns, features = state.sums.shape
+    query_heads, (_, _, head_dim, width) = query.shape[1], state.tail_key.shape
+    constants = _constants(head_dim, coefficients, state.dtype)
+    is_double = state.dtype == torch.float64
+    return Step(
+        (is_double, head_dim, state.degree, batch, heads, query_heads // heads, columns, width),
+        _threads(batch * heads * columns * features, _PARALLEL_READ),
+        (state.scale, -1.0 if safe_share is None else safe_share),
+        constants,
+        (constants[0].data_ptr(), constants[1].data_ptr()),
+        (batch, query_heads, 1, columns - 1),
+    )
+
+
 def decode_(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: State,
-    coefficients: tuple[float, ...],
-    visible: Tensor | None,
-    gate: Tensor | None,
-    safe_share: float | None,
+    step: Step, query: Tensor, key: Tensor, value: Tensor, state: State, visible: Tensor | None, gate: Tensor | None
 ) -> tuple[Tensor, int]:
     """Append one token to a state in place and attend; also how many normalisers are not safely positive.
 
     Args:
+        step: what `plan_step` made for these sizes.
         query: [B, Hq, 1, d]; key, value: [B, Hkv, 1, ...].
         visible: bool [B] or None. gate: float64 [B, Hkv] log decay or None.
-        safe_share: normalisers below this share of what the visible keys give at score zero make NaN; None: no check.
 
     Returns:
         y [B, Hq, 1, dv] in the query's dtype, and the number of rows that are NaN for the reason above.
     """
     sums, dtype = state.sums, query.dtype
-    batch, heads, columns, features = sums.shape
     if state.tail_length == state.tail_key.shape[3]:
         fold_(state)
     if dtype != sums.dtype:
         query, key, value = query.to(sums.dtype), key.to(sums.dtype), value.to(sums.dtype)
     query, key, value = _entries_together(query), _entries_together(key), _entries_together(value)
-    _, _, head_dim, width = state.tail_key.shape
-    series, weights = _constants(head_dim, coefficients, sums.dtype)
-    query_heads = query.shape[1]
-    out = sums.new_empty((batch, query_heads, 1, columns - 1))
+    out = torch.empty(step.out, dtype=sums.dtype)
     unsafe = _kernels().decode(
-        sums.dtype == torch.float64,
-        head_dim,
-        state.degree,
-        batch,
-        heads,
-        query_heads // heads,
-        columns,
-        width,
+        *step.sizes,
         state.tail_length,
-        _threads(batch * heads * columns * features, _PARALLEL_READ),
-        state.scale,
-        -1.0 if safe_share is None else safe_share,
+        step.threads,
+        *step.settings,
         *_strided(query),
         *_strided(key),
         *_strided(value),
         0 if visible is None else visible.data_ptr(),
         0 if gate is None else gate.data_ptr(),
-        series.data_ptr(),
-        weights.data_ptr(),
+        *step.addresses,
         sums.data_ptr(),
         state.tail_key.data_ptr(),
         state.tail_value.data_ptr(),

@@ -47,8 +47,8 @@ def decode_(
     step = _checked(query, key, value, state, optional, scale, series, backend)
     if log_decay is not None:
         check_data(None, log_decay, 1)
-    if step.queries == 1 and uses_kernels(backend, query.device):
-        return _decode_compiled(query, key, value, state, step, key_padding_mask, log_decay)
+    if step.compiled is not None:
+        return _decode_compiled(query, key, value, state, step.compiled, key_padding_mask, log_decay)
     with torch.no_grad():
         if step.queries == 1:
             with torch.autocast(query.device.type, enabled=False):  # sums keep their dtype whatever the caller's says
@@ -77,6 +77,7 @@ class _Step(NamedTuple):
     queries: int
     coefficients: tuple[float, ...]
     positive: bool
+    compiled: compiled.Step | None  # for single tokens, where the kernels compute
 
 
 _known: dict[tuple[Any, ...], _Step] = {}
@@ -110,7 +111,8 @@ def _checked(
             else (log_decay.shape, log_decay.dtype, log_decay.device, log_decay.requires_grad),
             (type(state), state.sums.shape, state.tail_key.shape[2], state.degree, state.scale),
             (state.sums.dtype, state.sums.device),
-            (scale, type(scale), series, backend, torch.is_grad_enabled()),
+            (scale, type(scale), series, torch.is_grad_enabled(), torch.get_num_threads()),
+            (backend, uses_kernels(backend, query.device)),
         )
         found = _known.get(signature)
     except (AttributeError, TypeError):  # then the check has something to say
@@ -139,7 +141,10 @@ def _check(
     check_state(state, shapes, degree, scale, in_place=(query, key, value, optional.log_decay))
     check_choices(backend, None)
     coefficients, positive = resolve(check_series(series), degree)
-    return _Step(shapes.queries, coefficients, positive)
+    plan = None
+    if shapes.queries == 1 and uses_kernels(backend, query.device):
+        plan = compiled.plan_step(query, state, coefficients, None if positive else SAFE_SHARE * abs(coefficients[0]))
+    return _Step(shapes.queries, coefficients, positive, plan)
 
 
 def _decode_one(
@@ -183,15 +188,14 @@ def _decode_compiled(
     key: Tensor,
     value: Tensor,
     state: State,
-    step: _Step,
+    step: compiled.Step,
     visible: Tensor | None,
     log_decay: Tensor | None,
 ) -> Tensor:
     """As `_decode_one`, in one call of the compiled kernels."""
     gate = None if log_decay is None else log_decay.detach()[..., 0].double().clamp(min=FULL_RESET).contiguous()
-    safe = None if step.positive else SAFE_SHARE * abs(step.coefficients[0])
     shown = None if visible is None else visible[:, 0].contiguous()
-    y, unsafe = compiled.decode_(query, key, value, state, step.coefficients, shown, gate, safe)
+    y, unsafe = compiled.decode_(step, query, key, value, state, shown, gate)
     if unsafe:
         warn_unsafe(unsafe)
     return y

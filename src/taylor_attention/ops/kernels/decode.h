@@ -131,10 +131,20 @@ template <class T> struct Decoding {
     Index unsafe = 0;
     for (Index i = first; i < last;) {
       const Index row = i / s.group, stop = (row + 1) * s.group < last ? (row + 1) * s.group : last;
+      if (row + 1 < s.batch * s.heads) prefetch(row + 1);
       read(row, i - first, stop - i);
       for (Index member = 0; i < stop; ++i, ++member) unsafe += finish(row, i, i - first, totals + member * s.columns * L);
     }
     return unsafe;
+  }
+
+  // Small states are over before the hardware has seen where they lie: fetch the next row's while this one is read.
+  void prefetch(Index row) const {
+    constexpr Index kLine = 64 / sizeof(T), kSmall = 32768 / sizeof(T);
+    const Index size = s.columns * layout.features;
+    for (Index i = 0; size <= kSmall && i < size; i += kLine) __builtin_prefetch(sums(row) + i);
+    for (Index i = 0; size <= kSmall && i < s.columns * s.width; i += kLine) __builtin_prefetch(tail_values(row) + i);
+    for (Index i = 0; size <= kSmall && i < d * s.width; i += kLine) __builtin_prefetch(tail_keys(row) + i);
   }
 
   // totals[member, e] = what `count` heads of a row, from the one at `at`, read from its moments.
