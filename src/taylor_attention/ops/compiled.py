@@ -21,10 +21,10 @@ from .tiling import KERNELS, choose
 _PLAIN_CHUNKS = 16
 """Sums of more chunks than this are compensated."""
 
-_PARALLEL_WORK = 2**22
+_PARALLEL_WORK = 2**20
 """Multiplications of whole sequences below which waking another thread costs more than it brings."""
 
-_PARALLEL_READ = 2**20
+_PARALLEL_READ = 2**18
 """The same for elements of the moments read by one decoding step."""
 
 

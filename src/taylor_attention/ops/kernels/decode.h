@@ -195,8 +195,11 @@ template <class T> struct Decoding {
   T visible_weight(Index row) const {
     const T* ones = tail_values(row) + (s.columns - 1) * s.width;
     T seen = sums(row)[(s.columns - 1) * layout.features] * T(exp(s.tail_log_decay[row]));
-    for (Index t = 0; t <= s.position; ++t) seen += ones[t];
-    return seen;
+    Vector<T> several = {};
+    Index t = 0;
+    for (; t + L <= s.position + 1; t += L) several += load(ones + t);
+    for (; t <= s.position; ++t) seen += ones[t];
+    return seen + sum<T>(several);
   }
 
   const Step& s;
