@@ -10,6 +10,8 @@ import torch
 import taylor_attention as ta
 from problems import decode, differences, make
 from taylor_attention.errors import ArgumentError, TaylorAttentionError
+from taylor_attention.ops import decode as decode_module
+from tolerances import TOLERANCE, relative_error
 
 X = torch.randn(2, 2, 6, 4, generator=torch.Generator().manual_seed(0))
 ONE = X[:, :, :1]
@@ -160,6 +162,7 @@ DECODING = {
     "scale: a finite number or None, got nan": {"scale": math.nan},
     "series: a Series or None, got 'exp'": {"series": "exp"},
     "degree: a degree from 0 to 1": {"series": ta.series.polynomial([1, 1])},
+    "backend: one of ('auto', 'cpu', 'torch'), got 'cuda'": {"backend": "cuda"},
     "key_padding_mask: shape (2, 1), got (2, 6)": {"key_padding_mask": MASK},
     "log_decay: values <= 0": {"log_decay": torch.full((2, 2, 1), 0.5)},
     "log_decay: shape (2, 2, 1), got (2, 2, 6)": {"log_decay": GATES},
@@ -167,7 +170,10 @@ DECODING = {
 
 
 @pytest.mark.parametrize("message", DECODING)
-def test_misuse_of_decoding_leaves_the_state_as_it_was(message, state):
+@pytest.mark.parametrize("used", [0, 1], ids=["at once", "after a good call"])
+def test_misuse_of_decoding_leaves_the_state_as_it_was(message, used, state):
+    for _ in range(used):  # what was checked once is remembered
+        step(state)()
     before = state.clone()
     argument, expected = message.split(": ", 1)
     with pytest.raises(ArgumentError, match=f"^{argument}: expected {re.escape(expected)}"):
@@ -180,7 +186,16 @@ def test_decoding_wants_a_state():
         step(None)()
 
 
+def test_good_calls_are_remembered_and_not_for_ever(monkeypatch):
+    monkeypatch.setattr(decode_module, "_known", {})
+    monkeypatch.setattr(decode_module, "_KNOWN_LIMIT", 3)
+    problems = [make(head_dim=size, length=2) for size in (1, 2, 3, 4, 1)]
+    assert [relative_error(decode(p)[0], p.oracle()) < TOLERANCE[torch.float64] for p in problems] == [True] * 5
+    assert len(decode_module._known) == 2
+
+
 def test_decoding_does_not_cut_the_history_of_a_state(state):
+    step(state)()
     recorded = replace(state, sums=state.sums.clone().requires_grad_())
     with pytest.raises(ArgumentError, match="^state: expected no gradients where it is changed in place"):
         step(recorded)()

@@ -182,6 +182,11 @@ class State:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
 
     @property
+    def is_contiguous(self) -> bool:
+        """Whether every tensor is contiguous, as those of `State.zeros` and of `attention` are."""
+        return all(getattr(self, name).is_contiguous() for name in _TENSORS)
+
+    @property
     def moments(self) -> Tensor:
         """Raw moments of all tokens, the tail's too, [B, Hkv, E, M]."""
         return self.folded().sums

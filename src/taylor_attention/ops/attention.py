@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.basis import feature_count
 from ..core.series import Series
 from ..core.state import MAX_STATE_BYTES, State, check_state_bytes, wide_dtype
+from .backends import uses_kernels
 from .normaliser import divide, divide_checked, resolve
 from .operator import attend
 from .validation import (
@@ -116,6 +117,7 @@ def attention(
     if state is not None:
         check_state(state, shapes, degree, scale)
     if not torch.compiler.is_compiling():
+        uses_kernels(backend, shapes.device)  # refuses a backend that cannot compute here
         check_data(cu_seqlens, log_decay, shapes.keys)
     if return_state:
         features = feature_count(shapes.head_dim, degree)

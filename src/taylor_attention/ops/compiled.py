@@ -1,6 +1,7 @@
 """The compiled CPU kernels (sources in `kernels/`): whole sweeps, decoding and folding, in float32 and float64.
 
-Tensors are handed over as addresses and strides, in the order in which `kernels/module.cpp` reads them.
+Tensors are handed over as addresses and strides, in the order in which `kernels/module.cpp` reads them. What changes in
+place is reported to autograd, as PyTorch's own operations do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ..core.basis import feature_count, reading_weights
 from ..core.state import State
@@ -256,6 +258,7 @@ def decode_(
         out.data_ptr(),
     )
     state.tail_length += 1
+    increment_version((state.tail_key, state.tail_value, state.log_decay, state.tail_log_decay, state.tokens))
     return out if dtype == sums.dtype else out.to(dtype), unsafe
 
 
@@ -280,4 +283,5 @@ def fold_(state: State) -> None:
         _threads(batch * heads * columns * features * state.tail_length),
         *map(_address, tensors),
     )
+    increment_version((state.sums, state.compensation))
     state.empty_tail_()

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.basis import expand, reading_weights
 from ..core.series import Series
 from ..core.state import State, wide_dtype
+from ..errors import expect
 from . import compiled
 from .attention import FULL_RESET, attention
 from .backends import uses_kernels
@@ -110,7 +111,7 @@ def _checked(
             if log_decay is None
             else (log_decay.shape, log_decay.dtype, log_decay.device, log_decay.requires_grad),
             (type(state), state.sums.shape, state.tail_key.shape[2], state.degree, state.scale),
-            (state.sums.dtype, state.sums.device),
+            (state.sums.dtype, state.sums.device, state.is_contiguous),
             (scale, type(scale), series, torch.is_grad_enabled(), torch.get_num_threads()),
             (backend, uses_kernels(backend, query.device)),
         )
@@ -139,6 +140,7 @@ def _check(
     shapes = check_inputs(query, key, value, optional, degree, True)
     scale = check_scale(scale, shapes.head_dim)
     check_state(state, shapes, degree, scale, in_place=(query, key, value, optional.log_decay))
+    expect(state.is_contiguous, "state", "contiguous tensors, to change them in place", "others")
     check_choices(backend, None)
     coefficients, positive = resolve(check_series(series), degree)
     plan = None

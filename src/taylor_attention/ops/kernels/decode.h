@@ -90,10 +90,14 @@ template <class T> struct Decoding {
 
   explicit Decoding(const Step& s)
       : s(s), layout(*s.layout), d(layout.head_dim), stride(round_up(layout.features, 16) + L),
-        together(clamp((Index(1) << 17) / (stride * Index(sizeof(T))))), q(together * d), features(together * stride),
+        together(whole_groups((Index(1) << 17) / (stride * Index(sizeof(T))), s.group)), q(together * d), features(together * stride),
         near(s.width), totals(s.group * s.columns * L) {}
 
-  static Index clamp(Index heads) { return heads < 1 ? 1 : heads > kTogether ? kTogether : heads; }
+  // Heads answered together: whole groups, or else parts of one, so that no result depends on how rows are shared out.
+  static Index whole_groups(Index heads, Index group) {
+    heads = heads < 1 ? 1 : heads > kTogether ? kTogether : heads;
+    return heads < group ? heads : heads / group * group;
+  }
 
   const T* sums(Index row) const { return static_cast<const T*>(s.sums) + row * s.columns * layout.features; }
   T* tail_keys(Index row) const { return static_cast<T*>(s.tail_key) + row * d * s.width; }
@@ -150,7 +154,7 @@ template <class T> struct Decoding {
   // totals[member, e] = what `count` heads of a row, from the one at `at`, read from its moments.
   void read(Index row, Index at, Index count) {
     fill(static_cast<T*>(totals), count * s.columns * L, T(0));
-    const Index block = count > 1 ? kBlock : layout.features;
+    const Index block = s.group > 1 ? kBlock : layout.features;
     for (Index r = 0; r < layout.features; r += block) {
       const Index width = layout.features - r < block ? layout.features - r : block;
       for (Index i = 0; i < count; ++i)
@@ -217,7 +221,9 @@ template <class T> Index decode_rows(const Step& s) {
     for (Index row = begin; row < end; ++row) decoding.append(row);
     Index found = 0;
     for (Index i = begin * s.group, stop; i < end * s.group; i = stop) {
-      stop = i + decoding.together < end * s.group ? i + decoding.together : end * s.group;
+      const Index row_end = (i / s.group + 1) * s.group;  // where a group is larger than what is answered together
+      const Index limit = decoding.together < s.group ? row_end : end * s.group;
+      stop = i + decoding.together < limit ? i + decoding.together : limit;
       found += decoding.answer(i, stop);
     }
     __atomic_fetch_add(&unsafe, found, __ATOMIC_RELAXED);

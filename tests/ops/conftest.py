@@ -1,0 +1,27 @@
+"""Which backend computes: a test asks for one by name (`backend`), or says what the default stands for (`auto`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from kernels import selected
+from taylor_attention.ops import backends, compiled
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of a backend, given a row of a table of backends: "torch", "cpu", "cpu, avx2"."""
+    with selected(request.param) as name:
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def auto(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What "auto" computes with: what the test's parameter says (see `kernels.EITHER`), else the machine's best."""
+    wanted: str = getattr(request, "param", "auto")
+    if wanted == "torch":
+        monkeypatch.setattr(compiled, "declines", lambda device: "the kernels are set aside for a test")
+        monkeypatch.setattr(backends, "_tell_once", lambda reason: None)
+    return wanted
