@@ -102,6 +102,30 @@ def test_the_kernels_asked_for_by_name_on_another_device_are_refused_with_the_re
     assert state.tail_length == 0
 
 
+DEFAULT_DEVICE = """
+import torch, taylor_attention as ta
+torch.manual_seed(0)
+x = torch.randn(1, 2, 20, 4, dtype=torch.float64, requires_grad=True)
+state = ta.State.zeros(1, 2, 4, 4, 2, dtype=torch.float64)
+rows = x.detach().split(1, 2)
+with torch.device("meta"):  # what tensors without a device of their own are made on
+    y = ta.attention(x, x, x, degree=2, chunk_size=8, backend="{name}")
+    y.sum().backward()
+    steps = torch.cat([ta.decode_(row, row, row, state, backend="{name}") for row in rows], 2)
+    ta.decode_(x.detach()[:, :, :3], x.detach()[:, :, :3], x.detach()[:, :, :3], state, backend="{name}")
+torch.testing.assert_close(steps, y)
+print(x.grad.isfinite().all().item(), state.tokens.tolist())
+"""
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("cpu", marks=built)])
+def test_another_default_device_changes_nothing(name):
+    """In a process of its own: the first call, and whatever happens."""
+    code = DEFAULT_DEVICE.format(name=name)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert run.stdout == "True [23]\n", run.stderr
+
+
 # ---- where the kernels are not built ---------------------------------------------------------------------------------
 
 

@@ -21,12 +21,14 @@ class Costs:
     score: float  # the elementwise passes over one score: polynomial, mask
     formed: float  # forming one monomial of one token
     call: float  # one step of the host on a small operand
+    chunk: float  # starting a chunk, whatever its size
     settled: float  # adding to one element of the moments, once per chunk
+    tile: int  # most queries whose scores are computed together; what they see after themselves is lost work
 
 
 # Fitted to timings of this package's own loops on x86 machines.
-TORCH = Costs(score=100, formed=65, call=4e5, settled=0)
-KERNELS = Costs(score=8, formed=6, call=0, settled=60)
+TORCH = Costs(score=100, formed=65, call=4e5, chunk=0, settled=0, tile=256)
+KERNELS = Costs(score=8, formed=6, call=0, chunk=1e5, settled=60, tile=16)
 
 _WORKSPACE = 6 * 2**20  # elements that the tensors of one step may take together: stays near the caches
 _CHUNKS = (64, 128, 256, 512)
@@ -67,13 +69,15 @@ def choose(
     features = feature_count(head_dim, degree)
     per_pair = (2 * (head_dim + columns) + costs.score) * group
     per_moment = 2 * features * columns + costs.formed * formed_count(head_dim, degree)
-    calls = costs.call * (20 + 2 * head_dim * max(degree - 1, 0)) / rows + costs.settled * features * columns
+    calls = (
+        costs.call * (20 + 2 * head_dim * max(degree - 1, 0)) / rows + costs.chunk + costs.settled * features * columns
+    )
 
     def causal_cost(length: int) -> float:
         steps = -(-keys // length)
         reads = group * (keys if has_state else keys - min(length, keys))
         updates = keys if keep_state else keys - min(length, keys)
-        pairs = keys * (min(length, keys) + min(length, _rows(length, group))) / 2
+        pairs = keys * (min(length, keys) + min(length, _rows(length, group), costs.tile)) / 2
         return pairs * per_pair + (reads + updates) * per_moment + steps * calls
 
     if causal:
