@@ -229,23 +229,30 @@ def test_without_gradients_nothing_is_raised():
 
 
 def attend(query, key, value, **options):
-    return ta.attention(query, key, value, degree=1, **options)
+    return ta.attention(query, key, value, degree=1, causal=False, **options)
 
 
 def append(query, key, value, **options):
-    return ta.decode_(query, key, value, ta.State.zeros(1, 1, 1, 1, 1, scale=options["scale"]), **options)
+    """The last token is appended to a state of those before, half of them in its tail."""
+    half, last = key.shape[2] // 2, key.shape[2] - 1
+    before = query[:, :, :0], key[:, :, :half], value[:, :, :half]
+    _, state = ta.attention(*before, degree=1, causal=False, scale=options["scale"], return_state=True)
+    for token in range(half, last):
+        ta.decode_(0 * query, key[:, :, token, None], value[:, :, token, None], state, **options)
+    return ta.decode_(query, key[:, :, last:], value[:, :, last:], state, **options)
 
 
 @pytest.mark.parametrize("call", [attend, append])
 @pytest.mark.parametrize("constant", [0.01, 1, 100])
+@pytest.mark.parametrize("keys", [1, 60])
 @pytest.mark.parametrize(("share", "safe"), [(2e-3, True), (0.5e-3, False), (0.0, False), (-2e-3, False)])
-def test_safe_is_a_thousandth_of_what_the_keys_give_at_score_zero(call, constant, share, safe):
-    """One key, of score share - 1, under c (1 + s)."""
-    query, key, value = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), share - 1), torch.ones(1, 1, 1, 1)
+def test_safe_is_a_thousandth_of_what_the_keys_give_at_score_zero(call, constant, keys, share, safe):
+    """Equal keys of score share - 1, under c (1 + s)."""
+    query, one = torch.ones(1, 1, 1, 1), torch.ones(1, 1, keys, 1)
     options = {"series": ta.series.polynomial([constant, constant]), "scale": 1.0}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        y = call(query, key, value, **options)
+        y = call(query, (share - 1) * one, one, **options)
     assert [warning.category for warning in caught] == ([] if safe else [NormaliserWarning])
     assert bool(y.isfinite()) == safe
 
