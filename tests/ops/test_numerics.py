@@ -229,7 +229,7 @@ def test_without_gradients_nothing_is_raised():
 
 
 def attend(query, key, value, **options):
-    return ta.attention(query, key, value, degree=1, causal=False, **options)
+    return ta.attention(query.expand_as(key), key, value, degree=1, **options)[:, :, -1:]
 
 
 def append(query, key, value, **options):

@@ -25,12 +25,12 @@ _R = TypeVar("_R")
 
 
 def _cached_tensors(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Cache the tensors that a function makes, as ordinary tensors even if the first call is in inference mode."""
+    """Cache the tensors that a function makes: ordinary ones, whatever mode and default device the first call finds."""
 
     @lru_cache(maxsize=64)
     @wraps(function)
     def make(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             return function(*args, **kwargs)
 
     return make  # type: ignore[return-value]

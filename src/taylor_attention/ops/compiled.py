@@ -76,9 +76,9 @@ def backward(
     """As `chunked.backward`."""
     call = _Call(inputs, problem, grad_end is not None)
     grad, grad_end = grad.contiguous(), None if grad_end is None else grad_end.contiguous()
-    by_query, by_key = (torch.empty(x.shape, dtype=x.dtype) for x in (inputs.query, inputs.key))
+    by_query, by_key = (x.new_empty(x.shape) for x in (inputs.query, inputs.key))
     by_column = inputs.key.new_empty(*inputs.key.shape[:3], call.columns)
-    by_start = None if inputs.sums is None else torch.empty(inputs.sums.shape, dtype=inputs.sums.dtype)
+    by_start = None if inputs.sums is None else inputs.sums.new_empty(inputs.sums.shape)
     results = (by_query, by_key, by_column, by_start)
     _kernels().backward(*call.numbers, *map(_address, (grad, grad_end, *results)))
     at_end = None if grad_end is None or end is None else (grad_end, end)
@@ -184,7 +184,7 @@ def _strided(x: Tensor) -> tuple[int, ...]:
 def _constants(head_dim: int, coefficients: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Coefficients and reading weights as tensors that stay."""
     with torch.inference_mode(False):
-        return torch.tensor(coefficients, dtype=dtype), reading_weights(head_dim, coefficients, dtype)
+        return torch.tensor(coefficients, dtype=dtype, device="cpu"), reading_weights(head_dim, coefficients, dtype)
 
 
 class Step(NamedTuple):
@@ -237,7 +237,7 @@ def decode_(
     if dtype != sums.dtype:
         query, key, value = query.to(sums.dtype), key.to(sums.dtype), value.to(sums.dtype)
     query, key, value = _entries_together(query), _entries_together(key), _entries_together(value)
-    out = torch.empty(step.out, dtype=sums.dtype)
+    out = torch.empty(step.out, dtype=sums.dtype, device=sums.device)
     unsafe = _kernels().decode(
         *step.sizes,
         state.tail_length,
