@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 
 from kernels import selected
 from taylor_attention.ops import backends, compiled
+
+decoding = import_module("taylor_attention.ops.decode")
 
 
 @pytest.fixture
@@ -20,6 +23,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def auto(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What "auto" computes with: what the test's parameter says (see `kernels.EITHER`), else the machine's best."""
+    monkeypatch.setattr(decoding, "_known", {})  # decoding remembers who computes
     wanted: str = getattr(request, "param", "auto")
     if wanted == "torch":
         monkeypatch.setattr(compiled, "declines", lambda device: "the kernels are set aside for a test")

@@ -184,7 +184,15 @@ class State:
     @property
     def is_contiguous(self) -> bool:
         """Whether every tensor is contiguous, as those of `State.zeros` and of `attention` are."""
-        return all(getattr(self, name).is_contiguous() for name in _TENSORS)
+        return (  # one by one: every decoding step asks
+            self.sums.is_contiguous()
+            and self.compensation.is_contiguous()
+            and self.tokens.is_contiguous()
+            and self.log_decay.is_contiguous()
+            and self.tail_key.is_contiguous()
+            and self.tail_value.is_contiguous()
+            and self.tail_log_decay.is_contiguous()
+        )
 
     @property
     def moments(self) -> Tensor:

@@ -13,6 +13,7 @@ from ..core.state import MAX_STATE_BYTES, State, check_state_bytes, wide_dtype
 from .backends import uses_kernels
 from .normaliser import divide, divide_checked, resolve
 from .operator import attend
+from .problem import FULL_RESET
 from .validation import (
     Optional,
     Shapes,
@@ -26,9 +27,6 @@ from .validation import (
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-FULL_RESET = -1e3
-"""A log decay below this forgets everything in either precision; clamping to it keeps differences of sums finite."""
 
 
 class Options(TypedDict, total=False):

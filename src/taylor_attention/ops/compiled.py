@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 
 from ..core.basis import feature_count, reading_weights
 from ..core.state import State
-from .problem import Gradients, Inputs, Problem, gradients
+from .problem import FULL_RESET, Gradients, Inputs, Problem, gradients
 from .tiling import KERNELS, choose
 
 _PLAIN_CHUNKS = 16
@@ -188,68 +188,87 @@ def _constants(head_dim: int, coefficients: tuple[float, ...], dtype: torch.dtyp
 
 
 class Step(NamedTuple):
-    """What all decoding steps of the same sizes hand over."""
+    """What all decoding steps of the same sizes, types and strides hand over."""
 
-    sizes: tuple[int, ...]
-    threads: int
-    settings: tuple[float, float]
-    constants: tuple[Tensor, Tensor]
-    addresses: tuple[int, int]  # of the constants
+    numbers: tuple[float, ...]  # up to the tail's length, in the order of module.cpp
     out: tuple[int, ...]  # the output's shape
+    as_they_are: bool  # whether the kernels can read the inputs without a copy
+    constants: tuple[Tensor, Tensor]  # whose addresses are among the numbers
 
 
-def plan_step(query: Tensor, state: State, coefficients: tuple[float, ...], safe_share: float | None) -> Step:
-    """Prepare decoding steps for queries like this one [B, Hq, 1, d] and states like this one.
+def plan_step(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    visible: Tensor | None,
+    log_decay: Tensor | None,
+    state: State,
+    coefficients: tuple[float, ...],
+    safe_share: float | None,
+) -> Step:
+    """Prepare decoding steps for tensors and states like these; shapes as for `decode_`.
 
     Args:
         safe_share: normalisers below this share of what the visible keys give at score zero make NaN; None: no check.
     """
     batch, heads, columns, features = state.sums.shape
-    query_heads, (_, _, head_dim, width) = query.shape[1], state.tail_key.shape
+    query_heads, (_, _, head_dim, width) = inputs[0].shape[1], state.tail_key.shape
     constants = _constants(head_dim, coefficients, state.dtype)
-    is_double = state.dtype == torch.float64
-    return Step(
-        (is_double, head_dim, state.degree, batch, heads, query_heads // heads, columns, width),
+    gate_strides = (0, 0) if log_decay is None else log_decay.stride()[:2]
+    numbers = (
+        state.dtype == torch.float64,
+        head_dim,
+        state.degree,
+        batch,
+        heads,
+        query_heads // heads,
+        columns,
+        width,
         _threads(batch * heads * columns * features, _PARALLEL_READ),
-        (state.scale, -1.0 if safe_share is None else safe_share),
-        constants,
-        (constants[0].data_ptr(), constants[1].data_ptr()),
-        (batch, query_heads, 1, columns - 1),
+        state.scale,
+        -1.0 if safe_share is None else safe_share,
+        *map(_address, constants),
+        *(stride for x in inputs for stride in x.stride()[:2]),
+        0 if visible is None else visible.stride(0),
+        log_decay is not None and log_decay.dtype == torch.float64,
+        *gate_strides,
+        FULL_RESET,
     )
+    together = all((x.stride(3) == 1 or x.shape[3] <= 1) and x.dtype == state.dtype for x in inputs)
+    gates = log_decay is None or log_decay.dtype in (torch.float32, torch.float64)
+    return Step(numbers, (batch, query_heads, 1, columns - 1), together and gates, constants)
 
 
 def decode_(
-    step: Step, query: Tensor, key: Tensor, value: Tensor, state: State, visible: Tensor | None, gate: Tensor | None
+    step: Step,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    log_decay: Tensor | None,
+    state: State,
 ) -> tuple[Tensor, int]:
     """Append one token to a state in place and attend; also how many normalisers are not safely positive.
 
     Args:
-        step: what `plan_step` made for these sizes.
+        step: what `plan_step` made for tensors like these; they can be read as they are.
         query: [B, Hq, 1, d]; key, value: [B, Hkv, 1, ...].
-        visible: bool [B] or None. gate: float64 [B, Hkv] log decay or None.
+        visible: bool [B, 1] or None. log_decay: [B, Hkv, 1] or None.
 
     Returns:
-        y [B, Hq, 1, dv] in the query's dtype, and the number of rows that are NaN for the reason above.
+        y [B, Hq, 1, dv], and the number of rows that are NaN for the reason above; -1 if nothing was done because a
+        log decay is not <= 0.
     """
-    sums, dtype = state.sums, query.dtype
     if state.tail_length == state.tail_key.shape[3]:
         fold_(state)
-    if dtype != sums.dtype:
-        query, key, value = query.to(sums.dtype), key.to(sums.dtype), value.to(sums.dtype)
-    query, key, value = _entries_together(query), _entries_together(key), _entries_together(value)
-    out = torch.empty(step.out, dtype=sums.dtype, device=sums.device)
+    out = query.new_empty(step.out)
     unsafe = _kernels().decode(
-        *step.sizes,
+        *step.numbers,
         state.tail_length,
-        step.threads,
-        *step.settings,
-        *_strided(query),
-        *_strided(key),
-        *_strided(value),
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
         0 if visible is None else visible.data_ptr(),
-        0 if gate is None else gate.data_ptr(),
-        *step.addresses,
-        sums.data_ptr(),
+        0 if log_decay is None else log_decay.data_ptr(),
+        state.sums.data_ptr(),
         state.tail_key.data_ptr(),
         state.tail_value.data_ptr(),
         state.log_decay.data_ptr(),
@@ -257,9 +276,10 @@ def decode_(
         state.tokens.data_ptr(),
         out.data_ptr(),
     )
-    state.tail_length += 1
-    increment_version((state.tail_key, state.tail_value, state.log_decay, state.tail_log_decay, state.tokens))
-    return out if dtype == sums.dtype else out.to(dtype), unsafe
+    if unsafe >= 0:
+        state.tail_length += 1
+        increment_version((state.tail_key, state.tail_value, state.log_decay, state.tail_log_decay, state.tokens))
+    return out, unsafe
 
 
 def fold_(state: State) -> None:

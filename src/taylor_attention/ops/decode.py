@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ from ..core.series import Series
 from ..core.state import State, wide_dtype
 from ..errors import expect
 from . import compiled
-from .attention import FULL_RESET, attention
+from .attention import attention
 from .backends import uses_kernels
 from .normaliser import SAFE_SHARE, divide, divide_checked, resolve, warn_unsafe
+from .problem import FULL_RESET
 from .tiles import polynomial
 from .validation import Optional, check_choices, check_data, check_inputs, check_scale, check_series, check_state
 
@@ -44,12 +46,21 @@ def decode_(
     Raises:
         ArgumentError: an argument is not as above, or gradients are being recorded; the state is unchanged.
     """
-    optional = Optional(key_padding_mask, None, log_decay)
-    step = _checked(query, key, value, state, optional, scale, series, backend)
+    step = _checked(query, key, value, key_padding_mask, log_decay, state, scale, series, backend)
+    if step.compiled is not None and step.compiled.as_they_are:
+        y, unsafe = compiled.decode_(step.compiled, query, key, value, key_padding_mask, log_decay, state)
+        if unsafe < 0:
+            check_data(None, log_decay, 1)
+        if unsafe > 0:
+            warn_unsafe(unsafe)
+        return y
+    if step.compiled is not None:  # once more, with tensors that the kernels can read
+        q, k, v = (x.to(state.dtype).contiguous() for x in (query, key, value))
+        gate = None if log_decay is None else log_decay.double()
+        again = partial(decode_, scale=scale, series=series, key_padding_mask=key_padding_mask, log_decay=gate)
+        return again(q, k, v, state, backend=backend).to(query.dtype)
     if log_decay is not None:
         check_data(None, log_decay, 1)
-    if step.compiled is not None:
-        return _decode_compiled(query, key, value, state, step.compiled, key_padding_mask, log_decay)
     with torch.no_grad():
         if step.queries == 1:
             with torch.autocast(query.device.type, enabled=False):  # sums keep their dtype whatever the caller's says
@@ -89,63 +100,66 @@ def _checked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    visible: Tensor | None,
+    log_decay: Tensor | None,
     state: State,
-    optional: Optional,
     scale: float | None,
     series: Series | None,
     backend: str,
 ) -> _Step:
     """Check everything but the data. What was good once is good again: decoding repeats the same call very often."""
+    arguments = (query, key, value, visible, log_decay, state, scale, series, backend)
     if torch.compiler.is_compiling():
-        return _check(query, key, value, state, optional, scale, series, backend)
-    mask, log_decay = optional.key_padding_mask, optional.log_decay
+        return _check(*arguments)
     try:
+        sums, tail = state.sums, state.tail_key
         signature = (
-            query.shape,
-            key.shape,
-            value.shape,
+            (query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride()),
             (query.dtype, key.dtype, value.dtype, query.device, key.device, value.device),
-            query.requires_grad or key.requires_grad or value.requires_grad or state.sums.requires_grad,
-            None if mask is None else (mask.shape, mask.dtype, mask.device),
-            None
-            if log_decay is None
-            else (log_decay.shape, log_decay.dtype, log_decay.device, log_decay.requires_grad),
-            (type(state), state.sums.shape, state.tail_key.shape[2], state.degree, state.scale),
-            (state.sums.dtype, state.sums.device, state.is_contiguous),
-            (scale, type(scale), series, torch.is_grad_enabled(), torch.get_num_threads()),
-            (backend, uses_kernels(backend, query.device)),
+            query.requires_grad or key.requires_grad or value.requires_grad or sums.requires_grad,
+            None if visible is None else (visible.shape, visible.stride(), visible.dtype, visible.device),
+            None if log_decay is None else _signature(log_decay),
+            (type(state), sums.shape, sums.dtype, sums.device, tail.shape, state.degree, state.scale),
+            state.is_contiguous,
+            (scale, type(scale), series, backend, torch.is_grad_enabled(), torch.get_num_threads()),
         )
         found = _known.get(signature)
     except (AttributeError, TypeError):  # then the check has something to say
-        return _check(query, key, value, state, optional, scale, series, backend)
+        return _check(*arguments)
     if found is None:
-        found = _check(query, key, value, state, optional, scale, series, backend)
+        found = _check(*arguments)
         if len(_known) >= _KNOWN_LIMIT:
             _known.clear()
         _known[signature] = found
     return found
 
 
+def _signature(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+
+
 def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    visible: Tensor | None,
+    log_decay: Tensor | None,
     state: State,
-    optional: Optional,
     scale: float | None,
     series: Series | None,
     backend: str,
 ) -> _Step:
     degree = state.degree if isinstance(state, State) else 0
-    shapes = check_inputs(query, key, value, optional, degree, True)
+    shapes = check_inputs(query, key, value, Optional(visible, None, log_decay), degree, True)
     scale = check_scale(scale, shapes.head_dim)
-    check_state(state, shapes, degree, scale, in_place=(query, key, value, optional.log_decay))
+    check_state(state, shapes, degree, scale, in_place=(query, key, value, log_decay))
     expect(state.is_contiguous, "state", "contiguous tensors, to change them in place", "others")
     check_choices(backend, None)
     coefficients, positive = resolve(check_series(series), degree)
     plan = None
     if shapes.queries == 1 and uses_kernels(backend, query.device):
-        plan = compiled.plan_step(query, state, coefficients, None if positive else SAFE_SHARE * abs(coefficients[0]))
+        safe_share = None if positive else SAFE_SHARE * abs(coefficients[0])
+        plan = compiled.plan_step((query, key, value), visible, log_decay, state, coefficients, safe_share)
     return _Step(shapes.queries, coefficients, positive, plan)
 
 
@@ -183,21 +197,3 @@ def _decode_one(
         seen = (degree_zero + state.tail_value[:, :, -1, tail].sum(-1)).repeat_interleave(q.shape[1], 1)
         y = divide_checked(out, seen[..., None], coefficients[0])
     return y.to(query.dtype)
-
-
-def _decode_compiled(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: State,
-    step: compiled.Step,
-    visible: Tensor | None,
-    log_decay: Tensor | None,
-) -> Tensor:
-    """As `_decode_one`, in one call of the compiled kernels."""
-    gate = None if log_decay is None else log_decay.detach()[..., 0].double().clamp(min=FULL_RESET).contiguous()
-    shown = None if visible is None else visible[:, 0].contiguous()
-    y, unsafe = compiled.decode_(step, query, key, value, state, shown, gate)
-    if unsafe:
-        warn_unsafe(unsafe)
-    return y

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..core.state import wide_dtype
 
+FULL_RESET = -1e3
+"""A log decay below this forgets everything in either precision; clamping to it keeps differences of sums finite."""
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -84,6 +84,14 @@ template <class T> void add_dots(const T* rows, Index stride, Index columns, con
   });
 }
 
+inline bool is_visible(const Step& s, Index batch) { return !s.visible || s.visible[batch * s.visible_stride]; }
+
+inline double gate_of(const Gates& gates, Index batch, Index head) {
+  const Index at = batch * gates.batch + head * gates.head;
+  const double gate = gates.is_double ? static_cast<const double*>(gates.data)[at] : static_cast<const float*>(gates.data)[at];
+  return gate < gates.reset ? gates.reset : gate;
+}
+
 // The steps of some rows (batch x key/value heads), by one thread.
 template <class T> struct Decoding {
   static constexpr Index L = kLanes<T>;
@@ -106,16 +114,17 @@ template <class T> struct Decoding {
   // Put the token into the tail of a row.
   void append(Index row) const {
     const Index batch = row / s.heads, head = row % s.heads;
-    const bool visible = !s.visible || s.visible[batch];
+    const bool visible = is_visible(s, batch);
     const T *key = tokens_of<T>(s.key, batch, head, 0), *value = tokens_of<T>(s.value, batch, head, 0);
     T *keys = tail_keys(row) + s.position, *values = tail_values(row);
     T broken = 0;  // NaN if anything is not finite: then the whole row of values is
     for (Index c = 0; c < d; ++c) broken += key[c] * 0;
     for (Index e = 0; e + 1 < s.columns; ++e) broken += value[e] * 0;
-    if (s.gate && visible) {
-      s.log_decay[row] += s.gate[row];
-      s.tail_log_decay[row] += s.gate[row];
-      const T factor = T(exp(s.gate[row]));
+    if (s.gates.data && visible) {
+      const double gate = gate_of(s.gates, batch, head);
+      s.log_decay[row] += gate;
+      s.tail_log_decay[row] += gate;
+      const T factor = T(exp(gate));
       for (Index e = 0; e < s.columns; ++e)
         for (Index t = 0; t < s.position; ++t) values[e * s.width + t] *= factor;
     }
@@ -213,6 +222,8 @@ template <class T> struct Decoding {
 };
 
 template <class T> Index decode_rows(const Step& s) {
+  for (Index i = 0; s.gates.data && i < s.batch * s.heads; ++i)
+    if (!(gate_of(s.gates, i / s.heads, i % s.heads) <= 0)) return -1;  // before anything is changed
   const Index rows = s.batch * s.heads, parts = s.threads > 1 && rows > s.threads ? 4 * s.threads : s.threads;
   Index unsafe = 0;
   run_tasks(parts, s.threads, [&](Index part) {
@@ -228,7 +239,7 @@ template <class T> Index decode_rows(const Step& s) {
     }
     __atomic_fetch_add(&unsafe, found, __ATOMIC_RELAXED);
   });
-  for (Index b = 0; b < s.batch; ++b) s.tokens[b] += s.visible ? s.visible[b] : 1;
+  for (Index b = 0; b < s.batch; ++b) s.tokens[b] += is_visible(s, b);
   return unsafe;
 }
 

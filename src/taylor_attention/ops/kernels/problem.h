@@ -59,6 +59,14 @@ struct Problem {
   void* start_grad;             // [rows, E, M] or null
 };
 
+// Log decay [batch, heads] of one token, or null; below `reset` it forgets everything.
+struct Gates {
+  const void* data;
+  bool is_double;
+  Index batch, head;  // strides
+  double reset;
+};
+
 // One token appended to states and attended from them.
 struct Step {
   const Layout* layout;
@@ -67,7 +75,8 @@ struct Step {
   double scale, safe;                  // safe: normalisers below safe x visible keys give NaN; negative: no check
   Strided query, key, value;           // one token each
   const std::uint8_t* visible;         // [batch] or null
-  const double* gate;                  // log decay [rows] or null
+  Index visible_stride;
+  Gates gates;
   const void *coefficients, *weights, *sums;
   void *tail_key, *tail_value;         // [rows, d, width], [rows, E, width]
   double *log_decay, *tail_log_decay;  // [rows]
@@ -88,7 +97,7 @@ struct Fold {
 struct Kernels {
   void (*forward)(const Problem&, bool is_double);
   void (*backward)(const Problem&, bool is_double);
-  Index (*decode)(const Step&, bool is_double);  // number of unsafe normalisers
+  Index (*decode)(const Step&, bool is_double);  // number of unsafe normalisers; -1: a gate is not <= 0
   void (*fold)(const Fold&, bool is_double);
 };
 
