@@ -19,12 +19,15 @@ from taylor_attention.ops.reference import attention_reference
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of attention. `along` holds what is cut together with the tokens: key_padding_mask and log_decay."""
+    """One call of attention. `along` holds what is cut together with the tokens: key_padding_mask and log_decay.
+
+    `options` holds the rest: causal, scale, series, window, sinks.
+    """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    degree: int
+    degree: int | None
     options: dict[str, Any] = field(default_factory=dict)
     along: dict[str, Tensor] = field(default_factory=dict)
 
@@ -45,8 +48,7 @@ class Problem:
         return attention_reference(*self.arguments, degree=self.degree, **self.options, **self.along)
 
     def decode_(self, state: ta.State, **more: Any) -> Tensor:
-        given = {name: self.options[name] for name in ("scale", "series") if name in self.options}
-        return ta.decode_(*self.arguments, state, **given, **self.along, **more)
+        return ta.decode_(*self.arguments, state, **self._given("scale", "series"), **self.along, **more)
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,8 +77,11 @@ class Problem:
         """The state before the first token."""
         batch, heads, _, head_dim = self.key.shape
         dtype = torch.float64 if self.key.dtype == torch.float64 else torch.float32
-        scale = self.options.get("scale")
-        return ta.State.zeros(batch, heads, head_dim, self.value.shape[3], self.degree, scale=scale, dtype=dtype)
+        given = self._given("scale", "window", "sinks")
+        return ta.State.zeros(batch, heads, head_dim, self.value.shape[3], self.degree, dtype=dtype, **given)
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        return {name: self.options[name] for name in names if name in self.options}
 
 
 def make(
@@ -88,7 +93,7 @@ def make(
     queries: int | None = None,
     head_dim: int = 4,
     value_dim: int = 3,
-    degree: int = 2,
+    degree: int | None = 2,
     radius: float | None = None,
     mask: str | None = None,
     decay: str | None = None,
@@ -100,7 +105,7 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     kv_heads = heads if kv_heads is None else kv_heads
     queries = length if queries is None else queries
-    radius = (0.9 if degree % 2 else 2.0) if radius is None else radius
+    radius = (0.9 if degree is not None and degree % 2 else 2.0) if radius is None else radius
 
     def ball(heads: int, tokens: int) -> Tensor:
         x = torch.randn(batch, heads, tokens, head_dim, generator=generator, dtype=torch.float64)

@@ -1,12 +1,13 @@
 """Softmax attention at constant cost per token, by Taylor expansion in the minimal symmetric monomial basis.
 
 The functional API is `attention` and `decode_`, the fixed-size memory of a sequence is `State`, and `TaylorAttention`
-is a layer. Series and costs: `error_bound`, `degree_for`, `state_size`, `flops_per_token`, `break_even_context`.
+is a layer. Series and costs: `error_bound`, `expected_error`, `degree_for`, `state_size`, `flops_per_token`,
+`break_even_context`.
 """
 
 from .core import series
 from .core.cost import break_even_context, flops_per_token, state_size
-from .core.series import Series, degree_for, error_bound
+from .core.series import Series, degree_for, error_bound, expected_error
 from .core.state import State
 from .nn.attention import TaylorAttention
 from .ops.attention import attention
@@ -23,6 +24,7 @@ __all__ = [
     "decode_",
     "degree_for",
     "error_bound",
+    "expected_error",
     "flops_per_token",
     "series",
     "state_size",

@@ -55,6 +55,48 @@ def test_grouped_heads_update_once_per_kv_head_and_read_once_per_query_head(
     assert total == kv_heads * update + kv_heads * group * read
 
 
+NEAR = {"window": 100, "sinks": 4}
+
+
+def test_near_tokens_cost_what_cached_ones_do():
+    shape = {"value_dim": 6, "kv_heads": 2}
+    near = cost.cache_size(104, 8, **shape)
+    assert cost.state_size(8, 2, **shape, **NEAR) == cost.state_size(8, 2, **shape) + near
+    assert cost.state_size(8, None, **shape, **NEAR) == near
+    shape = {"value_dim": 6, "heads": 4}
+    near = cost.cache_flops_per_token(104, 8, **shape)
+    assert cost.flops_per_token(8, 2, **shape, **NEAR) == cost.flops_per_token(8, 2, **shape) + near
+    assert cost.flops_per_token(8, None, **shape, **NEAR) == near
+    assert cost.break_even_context(8, None, **NEAR) == 104
+    assert cost.break_even_context(8, None, **NEAR, by="flops") == 104
+    assert cost.break_even_context(8, 2, **NEAR) == cost.break_even_context(8, 2) + 104  # 25.3 in whole tokens
+
+
+def test_a_plan_counts_near_tokens():
+    shape = {"heads": 4, "head_dim": 8, "context": 1000, "layers": 3}
+    made, plain = cost.plan(degree=2, **shape, **NEAR), cost.plan(degree=2, **shape)
+    assert (made.window, made.sinks) == (100, 4)
+    assert made.state_elements - plain.state_elements == 3 * 4 * 104 * 16
+    assert made.flops_per_token - plain.flops_per_token == plain.cache_flops_per_token * 104 // 1000
+    assert cost.plan(degree=None, radius=1.0, **shape, **NEAR).error_bound is None
+
+
+@pytest.mark.parametrize(
+    ("degree", "near", "message"),
+    [
+        (None, {}, r"degree: expected an int >= 0 \(None: only with a window or sinks\), got None"),
+        (2, {"window": -1}, "window: expected an int >= 0, got -1"),
+        (2, {"sinks": 1.5}, "sinks: expected an int >= 0, got 1.5"),
+        (2, {"window": True}, "window: expected an int >= 0, got True"),
+    ],
+)
+def test_what_is_no_choice_of_near_tokens_is_refused(degree, near, message):
+    with pytest.raises(ArgumentError, match=message):
+        cost.state_size(8, degree, **near)
+    with pytest.raises(ArgumentError, match=message):
+        cost.flops_per_token(8, degree, **near)
+
+
 def test_cache_costs_are_the_documented_formulas():
     assert cost.cache_size(100, 8, value_dim=5, kv_heads=2) == 100 * 2 * (8 + 5)
     assert cost.cache_flops_per_token(100, 8, value_dim=5, heads=4) == 100 * 4 * (2 * 8 + 2 * 5 + 3)
@@ -119,6 +161,8 @@ def test_plan_of_a_model_adds_up():
         head_dim=16,
         value_dim=12,
         degree=2,
+        window=0,
+        sinks=0,
         context=1000,
         dtype="float32",
         cache_dtype="bfloat16",

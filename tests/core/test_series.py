@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from taylor_attention.core import series as module
-from taylor_attention.core.series import COSH, EXP, GEOMETRIC, Series, degree_for, error_bound
+from taylor_attention.core.series import COSH, EXP, GEOMETRIC, Series, degree_for, error_bound, expected_error
 from taylor_attention.errors import ArgumentError
 
 ROUNDING = 1e-13  # float64 evaluation of well-scaled expressions: a few hundred units in the last place
@@ -426,3 +426,45 @@ def test_chebyshev_fit_converges_to_exp():
     series = module.fitted_chebyshev(-2, 3, 24)
     coefficients = series.coefficients(24)
     assert max(abs(evaluate(coefficients, s) / math.exp(s) - 1) for s in grid(-2, 3)) < 10 * ROUNDING
+
+
+# ---- expected errors -------------------------------------------------------------------------------------------------
+
+
+def poisson_tail(variance, degree):
+    return sum(math.exp(-variance) * variance**n / math.factorial(n) for n in range(degree + 1, 120))
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2, 4, 7])
+@pytest.mark.parametrize("std", [0.1, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("mean", [0.0, -3.0, 2.0])
+def test_expected_error_of_a_fit_is_the_poisson_tail(degree, std, mean):
+    expected = math.sqrt(poisson_tail(std**2, degree))
+    assert expected_error(std, degree, mean=mean, fitted=True) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize(("std", "degree", "mean"), [(0.5, 2, 0.0), (1.0, 2, 0.0), (1.0, 3, 0.5), (0.3, 4, -1.0)])
+def test_expected_error_is_what_random_scores_show(std, degree, mean):
+    scores = mean + std * torch.randn(4_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = sum(c * scores**p for p, c in enumerate(EXP.coefficients(degree)))
+    exact = scores.exp()
+    shown = float(((weights - exact).square().mean() / exact.square().mean()).sqrt())
+    assert expected_error(std, degree, mean=mean) == pytest.approx(shown, rel=0.05)
+
+
+def test_expected_error_of_equal_scores_is_the_error_there():
+    found = expected_error(0.0, 2, mean=-1.0)
+    assert found == pytest.approx(0.5 * math.e - 1, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"std": -1.0, "degree": 2}, "std: expected a finite number >= 0, got -1.0"),
+        ({"std": 1.0, "degree": 2, "mean": math.nan}, "mean: expected a finite number, got nan"),
+        ({"std": 1.0, "degree": -2}, "degree: expected an int >= 0, got -2"),
+    ],
+)
+def test_expected_error_refuses_what_is_no_distribution(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        expected_error(**arguments)

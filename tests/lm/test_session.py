@@ -26,8 +26,10 @@ def build(attention: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     return LanguageModel(config).to(dtype).eval()
 
 
-@pytest.fixture(params=["taylor", "softmax"])
+@pytest.fixture(params=["taylor", "softmax", "window"])
 def model(request: pytest.FixtureRequest) -> LanguageModel:
+    if request.param == "window":
+        return build("taylor", window=24, sinks=2)
     return build(request.param)
 
 

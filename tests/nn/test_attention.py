@@ -28,15 +28,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no rope, odd width": {"rope": False, "head_dim": 3},
     "no norm": {"qk_norm": False},
     "bias and scale": {"bias": True, "scale": 0.3},
+    "window and sinks": {"window": 4, "sinks": 2, "decay": "token", "num_kv_heads": 2},  # nothing to softmax
 }
 
 
 def build(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Attention:
+    near = {name: options.pop(name, 0) for name in ("window", "sinks")}
     degree = options.pop("degree", 2)
     torch.manual_seed(1)
     sizes = {"num_kv_heads": None, "head_dim": 4} | options
     if kind == "taylor":
-        return TaylorAttention(D_MODEL, 4, degree=degree, **sizes).to(dtype)
+        return TaylorAttention(D_MODEL, 4, degree=degree, **near, **sizes).to(dtype)
     return SoftmaxAttention(D_MODEL, 4, **sizes).to(dtype)
 
 

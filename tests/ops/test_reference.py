@@ -15,21 +15,28 @@ EXACT = TOLERANCE[torch.float64]
 
 
 def by_hand(problem, weight):
-    """One number at a time, by the definition; weight(score) is the kernel."""
+    """One number at a time, by the definition; weight(score) is the kernel of the keys that are not exact."""
     query, key, value = (x.tolist() for x in problem.arguments)
     causal, scale = problem.options.get("causal", True), problem.options.get("scale", problem.query.shape[3] ** -0.5)
     shown = problem.along.get("key_padding_mask", torch.ones(len(key), problem.length, dtype=torch.bool)).tolist()
     decay = problem.along.get("log_decay", torch.zeros(problem.key.shape[:3])).tolist()
     group = problem.query.shape[1] // problem.key.shape[1]
+    window, sinks = problem.options.get("window", 0), problem.options.get("sinks", 0)
+    first = [[j for j, visible in enumerate(row) if visible][:sinks] for row in shown]
+
+    def size(b, i, j, score):
+        recent = j <= i and sum(shown[b][j + 1 : i + 1]) < window
+        return math.exp(score) if recent or j in first[b] else weight(score)
 
     def fade(b, h, j, i):
         return math.prod(math.exp(decay[b][h][t]) for t in range(j + 1, i + 1) if shown[b][t])
 
     def row(b, h, i, q):
         keys = [j for j in range(problem.length) if shown[b][j] and (j <= i or not causal)]
+        keys = [] if (window or sinks) and not shown[b][i] else keys
         scores = {j: scale * sum(x * y for x, y in zip(q, key[b][h][j], strict=True)) for j in keys}
-        weights = {j: weight(scores[j]) * (fade(b, h, j, i) if causal else 1) for j in keys}
-        total = sum(weights.values()) if keys else 1
+        weights = {j: size(b, i, j, scores[j]) * (fade(b, h, j, i) if causal else 1) for j in keys}
+        total = sum(weights.values()) or 1
         return [sum(weights[j] * value[b][h][j][e] for j in keys) / total for e in range(problem.value.shape[3])]
 
     return torch.tensor(
@@ -73,6 +80,38 @@ def test_softmax_is_the_limit_of_high_degrees(kind):
     softmax = softmax_reference(*problem.arguments, **problem.options, **problem.along)
     assert relative_error(softmax, by_hand(problem, math.exp)) < EXACT
     assert relative_error(problem.oracle(), softmax) < EXACT
+
+
+NEAR = [(1, 0), (3, 0), (7, 0), (9, 0), (0, 1), (0, 2), (0, 9), (2, 1), (3, 2)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "causal" not in KINDS[kind]])
+@pytest.mark.parametrize(("window", "sinks"), NEAR)
+@pytest.mark.parametrize("degree", [None, 1, 2])
+def test_the_latest_and_the_first_keys_are_weighed_exactly(kind, window, sinks, degree):
+    problem = make(**{"batch": 2, "length": 7, "degree": degree, "window": window, "sinks": sinks, **KINDS[kind]})
+    terms = () if degree is None else range(degree + 1)
+    expected = by_hand(problem, lambda s: sum(s**p / math.factorial(p) for p in terms))
+    assert relative_error(problem.oracle(), expected) < EXACT
+
+
+@pytest.mark.parametrize("degree", [None, 2])
+@pytest.mark.parametrize("near", [{"window": 12}, {"sinks": 12}, {"window": 30, "sinks": 3}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"decay": "hard", "mask": "holes"}], ids=str)
+def test_with_every_key_exact_it_is_softmax(kind, near, degree):
+    problem = make(batch=2, length=12, degree=degree, **near, **kind)
+    asked = problem.along.get("key_padding_mask", torch.ones(2, 12))[:, None, :, None]  # hidden queries give zeros
+    assert relative_error(problem.oracle(), asked * softmax_reference(*problem.arguments, **problem.along)) < EXACT
+
+
+@pytest.mark.parametrize("radius", [300.0, -300.0, 5000.0, -5000.0])
+@pytest.mark.parametrize("degree", [None, 2])
+def test_exact_weights_of_any_size_do_not_overflow(radius, degree):
+    """One key under every query: scores are the radius, and each output is a mean of values."""
+    problem = make(heads=1, length=9, head_dim=1, degree=degree, window=3, sinks=1)
+    one = torch.ones_like(problem.key)
+    found = attention_reference(one, radius * one, one, degree=degree, window=3, sinks=1)
+    assert relative_error(found, one) < EXACT
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -61,7 +61,7 @@ MISUSE = {
     "degree: an int >= 0, got -1": call(degree=-1),
     "degree: an int >= 0, got 2.5": call(degree=2.5),
     "degree: an int >= 0, got True": call(degree=True),
-    "degree: an int >= 0, got None": call(degree=None),
+    "degree: an int >= 0 (None: only with a window or sinks), got None": call(degree=None),
     "degree: a degree from 0 to 1 (all that series 'short' has), got 2": call(
         series=ta.series.polynomial([1, 1], name="short")
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,21 @@ from rich.table import Table
 from ..errors import expect
 from ..lm.checkpoint import SHIPPED, load_checkpoint, shipped
 from ..nn import LanguageModel
+
+
+class _Degree(click.ParamType):  # type: ignore[type-arg]  # generic in some versions only
+    name = "integer or none"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value is None or value == "none" else click.INT.convert(value, param, ctx)
+
+
+def _or_none(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    return None if value == "none" else value
+
+
+degree_option = partial(click.option, "--degree", "degree", type=_Degree(), callback=_or_none)
+"""An int, or "none" (no far part), which arrives as None."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
 

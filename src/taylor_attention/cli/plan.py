@@ -12,7 +12,7 @@ from ..core.cost import Plan
 from ..core.cost import plan as make_plan
 from ..core.series import EXP
 from ..core.state import State
-from .console import emit_json, json_option, out, size, table
+from .console import degree_option, emit_json, json_option, out, size, table
 
 
 @click.command(short_help="What attention will cost: memory, FLOPs, break-even contexts.")
@@ -20,7 +20,9 @@ from .console import emit_json, json_option, out, size, table
 @click.option("--kv-heads", type=int, help="Key/value heads, a divisor of --heads [--heads].")
 @click.option("--head-dim", type=int, required=True, help="Entries of a query or key.")
 @click.option("--value-dim", type=int, help="Entries of a value [--head-dim].")
-@click.option("--degree", type=int, required=True, help="Where the series is cut; even ones are positive everywhere.")
+@degree_option(required=True, help="Where the series is cut; even ones are positive everywhere. none: no far part.")
+@click.option("--window", type=int, default=0, show_default=True, help="Latest tokens that are attended to exactly.")
+@click.option("--sinks", type=int, default=0, show_default=True, help="First tokens that are attended to exactly.")
 @click.option("--layers", type=int, default=1, show_default=True, help="Attention layers.")
 @click.option("--context", type=int, required=True, help="Tokens of the key/value cache to compare with.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the state.")
@@ -31,12 +33,13 @@ def plan(as_json: bool, **asked: Any) -> None:
     """Memory, FLOPs and break-even contexts of Taylor attention beside softmax with a key/value cache."""
     made = make_plan(**asked)
     if as_json:
-        derived = {"allocated_bytes": _allocated(made), "negative_intervals": EXP.negative_intervals(made.degree)}
+        derived = {"allocated_bytes": _allocated(made), "negative_intervals": _negative(made)}
         return emit_json(made.to_dict() | derived)
     console = out()
     heads = f"{made.heads} heads" + (f" ({made.kv_heads} key/value)" if made.kv_heads != made.heads else "")
     shape = f"{made.layers} layers, {heads}, head dimension {made.head_dim}, values {made.value_dim}"
-    console.print(f"{shape}, degree {made.degree}; one sequence", markup=False, soft_wrap=True)
+    near = "".join(f", {name} {count:,}" for name, count in (("window", made.window), ("sinks", made.sinks)) if count)
+    console.print(f"{shape}, degree {made.degree}{near}; one sequence", markup=False, soft_wrap=True)
     console.print(_costs(made))
     for line in _remarks(made):
         console.print(line, markup=False, soft_wrap=True)
@@ -62,7 +65,13 @@ def _allocated(made: Plan) -> int | None:
     if dtype not in (torch.float32, torch.float64):
         return None
     sizes = made.kv_heads, made.head_dim, made.value_dim, made.degree
-    return made.layers * State.zeros(1, *sizes, dtype=dtype, device="meta", max_state_bytes=2**63).nbytes
+    near = {"window": made.window, "sinks": made.sinks}
+    return made.layers * State.zeros(1, *sizes, **near, dtype=dtype, device="meta", max_state_bytes=2**63).nbytes
+
+
+def _negative(made: Plan) -> tuple[tuple[float, float], ...]:
+    """Scores whose weights are not positive."""
+    return () if made.degree is None else EXP.negative_intervals(made.degree)
 
 
 def _remarks(made: Plan) -> list[str]:
@@ -80,7 +89,7 @@ def _remarks(made: Plan) -> list[str]:
         lines.append(
             f"Scores within {made.radius:g} of 0: every weight is right to a relative error of {made.error_bound:.2g}."
         )
-    for low, high in EXP.negative_intervals(made.degree):
+    for low, high in _negative(made):
         lines.append(
             f"Degree {made.degree} gives weights that are not positive for scores in ({low:.4g}, {high:.4g}): the "
             "normaliser can vanish. An even degree cannot do that."

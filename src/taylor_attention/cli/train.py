@@ -18,7 +18,7 @@ from ..lm.data import CORPORA
 from ..lm.session import uninterrupted
 from ..lm.training import Progress, TrainingConfig
 from ..nn import ModelConfig
-from .console import emit_json, err, json_option, out, progress_bar, table
+from .console import degree_option, emit_json, err, json_option, out, progress_bar, table
 
 _MODEL_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingConfig)} | _MODEL_DEFAULTS
@@ -36,7 +36,9 @@ def _setting(flag: str, field: str, help: str, **options: Any) -> Callable[[Any]
 @click.option("--out", required=True, type=click.Path(file_okay=False), help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Go on from the folder's last checkpoint, with its settings.")
 @_setting("--attention", "attention", "How scores become weights.", type=click.Choice(["taylor", "softmax"]))
-@_setting("--degree", "degree", "Where the series is cut; use an even one.")
+@degree_option(default=_DEFAULTS["degree"], show_default=True, help="Where the series is cut; an even one, or none.")
+@_setting("--window", "window", "Latest tokens that are attended to exactly.")
+@_setting("--sinks", "sinks", "First tokens that are attended to exactly.")
 @_setting("--layers", "num_layers", "Blocks.")
 @_setting("--width", "d_model", "Width of the residual stream.")
 @_setting("--heads", "num_heads", "Query heads.")

@@ -17,20 +17,35 @@ from ..errors import expect
 from .basis import feature_count
 from .series import EXP, Series
 from .series import error_bound as bound_error
+from .state import check_reach
 
 
-def state_size(head_dim: int, degree: int, *, value_dim: int | None = None, kv_heads: int = 1) -> int:
-    """Return the elements of the state of one sequence in one layer, eq. 13: kv_heads * (value_dim + 1) * M.
+def state_size(
+    head_dim: int,
+    degree: int | None,
+    *,
+    value_dim: int | None = None,
+    kv_heads: int = 1,
+    window: int = 0,
+    sinks: int = 0,
+) -> int:
+    """Return the elements of the state of one sequence in one layer: eq. 13, and the keys and values of near tokens.
+
+    That is kv_heads * ((value_dim + 1) * M + (window + sinks) * (head_dim + value_dim)).
 
     Args:
         head_dim: entries of a query or key, d_K.
-        degree: where the series is cut.
+        degree: where the series is cut; None, with a window or sinks: no moments.
         value_dim: entries of a value, d_V; head_dim if None.
         kv_heads: key/value heads, each with a state of its own.
+        window, sinks: latest and first tokens that are attended to exactly.
     """
     monomials, value_dim = _count_monomials(head_dim, degree), _default(value_dim, head_dim, "value_dim")
     _expect_int("kv_heads", kv_heads, 1)
-    return kv_heads * (value_dim + 1) * monomials
+    check_reach(degree, window, sinks)
+    return kv_heads * (value_dim + 1) * monomials + cache_size(
+        window + sinks, head_dim, value_dim=value_dim, kv_heads=kv_heads
+    )
 
 
 def update_flops(head_dim: int, degree: int, *, value_dim: int | None = None) -> int:
@@ -51,7 +66,14 @@ def read_flops(head_dim: int, degree: int, *, value_dim: int | None = None) -> i
 
 
 def flops_per_token(
-    head_dim: int, degree: int, *, value_dim: int | None = None, heads: int = 1, kv_heads: int | None = None
+    head_dim: int,
+    degree: int | None,
+    *,
+    value_dim: int | None = None,
+    heads: int = 1,
+    kv_heads: int | None = None,
+    window: int = 0,
+    sinks: int = 0,
 ) -> int:
     """Return the FLOPs per token of one layer: an update per key/value head and a read per query head.
 
@@ -59,14 +81,19 @@ def flops_per_token(
 
     Args:
         head_dim: entries of a query or key, d_K.
-        degree: where the series is cut, P - 1.
+        degree: where the series is cut, P - 1; None, with a window or sinks: no far part.
         value_dim: entries of a value, d_V; head_dim if None.
         heads: query heads.
         kv_heads: key/value heads, a divisor of heads; heads if None.
+        window, sinks: near tokens, each of which costs a query what a cached one does.
     """
     kv_heads = _expect_heads(heads, kv_heads)
+    check_reach(degree, window, sinks)
+    near = cache_flops_per_token(window + sinks, head_dim, value_dim=value_dim, heads=heads)
+    if degree is None:
+        return near
     update = update_flops(head_dim, degree, value_dim=value_dim)
-    return kv_heads * update + heads * read_flops(head_dim, degree, value_dim=value_dim)
+    return kv_heads * update + heads * read_flops(head_dim, degree, value_dim=value_dim) + near
 
 
 def cache_size(context: int, head_dim: int, *, value_dim: int | None = None, kv_heads: int = 1) -> int:
@@ -91,11 +118,13 @@ def cache_flops_per_token(context: int, head_dim: int, *, value_dim: int | None 
 
 def break_even_context(
     head_dim: int,
-    degree: int,
+    degree: int | None,
     *,
     value_dim: int | None = None,
     heads: int = 1,
     kv_heads: int | None = None,
+    window: int = 0,
+    sinks: int = 0,
     by: str = "memory",
     dtype: torch.dtype | str = "float32",
     cache_dtype: torch.dtype | str | None = None,
@@ -108,6 +137,7 @@ def break_even_context(
         value_dim: entries of a value, d_V; head_dim if None.
         heads: query heads; only FLOPs depend on them.
         kv_heads: key/value heads, a divisor of heads; heads if None.
+        window, sinks: latest and first tokens that are attended to exactly.
         by: "memory" (bytes) or "flops" (per decoded token).
         dtype: of the state, by name ("float32") or as a torch.dtype.
         cache_dtype: of the cache; the state's if None.
@@ -117,12 +147,14 @@ def break_even_context(
     """
     expect(by in ("memory", "flops"), "by", "'memory' or 'flops'", repr(by))
     kv_heads = _expect_heads(heads, kv_heads)
+    near = {"window": window, "sinks": sinks}
     if by == "flops":
-        ours = flops_per_token(head_dim, degree, value_dim=value_dim, heads=heads, kv_heads=kv_heads)
+        ours = flops_per_token(head_dim, degree, value_dim=value_dim, heads=heads, kv_heads=kv_heads, **near)
         per_context_token = cache_flops_per_token(1, head_dim, value_dim=value_dim, heads=heads)
     else:
         cache_dtype = dtype if cache_dtype is None else cache_dtype
-        ours = state_size(head_dim, degree, value_dim=value_dim, kv_heads=kv_heads) * _to_dtype(dtype).itemsize
+        elements = state_size(head_dim, degree, value_dim=value_dim, kv_heads=kv_heads, **near)
+        ours = elements * _to_dtype(dtype).itemsize
         cached = cache_size(1, head_dim, value_dim=value_dim, kv_heads=kv_heads)
         per_context_token = cached * _to_dtype(cache_dtype).itemsize
     return -(-ours // per_context_token)
@@ -141,7 +173,9 @@ class Plan:
     kv_heads: int
     head_dim: int
     value_dim: int
-    degree: int
+    degree: int | None
+    window: int
+    sinks: int
     context: int
     dtype: str
     cache_dtype: str
@@ -170,8 +204,10 @@ def plan(
     *,
     heads: int,
     head_dim: int,
-    degree: int,
+    degree: int | None,
     context: int,
+    window: int = 0,
+    sinks: int = 0,
     layers: int = 1,
     kv_heads: int | None = None,
     value_dim: int | None = None,
@@ -185,8 +221,9 @@ def plan(
     Args:
         heads: query heads of a layer.
         head_dim: entries of a query or key, d_K.
-        degree: where the series is cut.
+        degree: where the series is cut; None, with a window or sinks: no far part.
         context: tokens in the cache, >= 0.
+        window, sinks: latest and first tokens that are attended to exactly.
         layers: attention layers.
         kv_heads: key/value heads, a divisor of heads; heads if None.
         value_dim: entries of a value, d_V; head_dim if None.
@@ -202,9 +239,10 @@ def plan(
     kv_heads, value_dim = _expect_heads(heads, kv_heads), _default(value_dim, head_dim, "value_dim")
     state_dtype = _to_dtype(dtype)
     kept_dtype = state_dtype if cache_dtype is None else _to_dtype(cache_dtype)
-    elements = state_size(head_dim, degree, value_dim=value_dim, kv_heads=kv_heads)
+    near = {"window": window, "sinks": sinks}
+    elements = state_size(head_dim, degree, value_dim=value_dim, kv_heads=kv_heads, **near)
     cached_bytes = cache_size(context, head_dim, value_dim=value_dim, kv_heads=kv_heads) * kept_dtype.itemsize
-    flops = flops_per_token(head_dim, degree, value_dim=value_dim, heads=heads, kv_heads=kv_heads)
+    flops = flops_per_token(head_dim, degree, value_dim=value_dim, heads=heads, kv_heads=kv_heads, **near)
     cache_flops = cache_flops_per_token(context, head_dim, value_dim=value_dim, heads=heads)
     break_even = partial(
         break_even_context,
@@ -215,6 +253,8 @@ def plan(
         kv_heads=kv_heads,
         dtype=state_dtype,
         cache_dtype=kept_dtype,
+        window=window,
+        sinks=sinks,
     )
     return Plan(
         layers=layers,
@@ -223,6 +263,8 @@ def plan(
         head_dim=head_dim,
         value_dim=value_dim,
         degree=degree,
+        window=window,
+        sinks=sinks,
         context=context,
         dtype=_name(state_dtype),
         cache_dtype=_name(kept_dtype),
@@ -237,12 +279,14 @@ def plan(
         cache_flops_per_token=layers * cache_flops,
         break_even_memory=break_even(by="memory"),
         break_even_flops=break_even(by="flops"),
-        error_bound=None if radius is None else bound_error(radius, degree, series),
+        error_bound=None if radius is None or degree is None else bound_error(radius, degree, series),
     )
 
 
-def _count_monomials(head_dim: int, degree: int) -> int:
+def _count_monomials(head_dim: int, degree: int | None) -> int:
     _expect_int("head_dim", head_dim, 1)
+    if degree is None:
+        return 0
     _expect_int("degree", degree, 0)
     return feature_count(head_dim, degree)
 

@@ -223,6 +223,42 @@ def degree_for(radius: float, tolerance: float, series: Series = EXP) -> int:
     raise AssertionError("unreachable")
 
 
+def expected_error(std: float, degree: int, *, mean: float = 0.0, series: Series = EXP, fitted: bool = False) -> float:
+    """Return the relative error of the weights of scores s ~ N(mean, std^2): sqrt(E[(e^s - p(s))^2] / E[e^(2 s)]).
+
+    That is about the relative error of an attention output whose values have nothing to do with the scores. Unlike
+    `error_bound` it is no bound: a single score may be off by more.
+
+    Args:
+        std: standard deviation of a query's scaled scores, >= 0.
+        degree: where the series is cut.
+        mean: of the scores. It costs Taylor's series dearly, a fit nothing.
+        series: the kernel, read as it is.
+        fitted: read by `fitted_gaussian` of this mean and spread instead, as reading="fitted" does: then the error is
+            sqrt(Pr[Poisson(std^2) > degree]).
+
+    Raises:
+        ArgumentError: an argument is not as above.
+    """
+    read = fitted_gaussian(mean, std, degree) if fitted else series
+    coefficients = read.coefficients(degree)
+    expect(_is_finite(mean), "mean", "a finite number", mean)
+    expect(_is_finite(std) and std >= 0, "std", "a finite number >= 0", std)
+    # Under N(mean + 2 std^2, std^2), whose density is the first one's times e^(2 s), the ratio is E[(1 - p(s) e^-s)^2].
+    # The integrand is entire and falls like a normal density, also about `mean`, so equal steps converge at once.
+    steps, low, high = 4000, -12.0 - 2 * std, 12.0
+    width, total = (high - low) / steps, 0.0
+    for i in range(steps + 1):
+        z = low + i * width
+        s = mean + 2 * std**2 + std * z
+        value = 0.0
+        for coefficient in reversed(coefficients):
+            value = value * s + coefficient
+        off = math.exp(-z * z / 4) - value * math.exp(-s - z * z / 4)
+        total += off * off
+    return math.sqrt(total * width / math.sqrt(2 * math.pi))
+
+
 # ---- fits of exp -----------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@
 
 It holds the raw moments of all tokens so far (no series coefficient is in them), what rounding dropped from them, and a
 short tail: the latest tokens of token-by-token decoding, kept exact and folded into the moments in blocks, so that a
-step reads the moments without rewriting them. A state is a value: passed in and out, merged, selected, saved.
+step reads the moments without rewriting them. Where the latest or first tokens are attended to exactly, these stand
+beside the moments (see `near`), and all else is of the others. A state is a value: passed in and out, merged, selected,
+saved.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import StorageError, expect
-from .basis import feature_count
+from .basis import expand, feature_count
 from .moments import accumulate_, add_compensated, add_compensated_
+from .near import Near, Tokens
 from .storage import read_tensors, write_tensors
 
 KIND = "state"
@@ -38,13 +41,40 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 _FOLD_TOGETHER = 2**22  # elements of the moments that are folded at once
 
 
-def tail_size(head_dim: int, value_dim: int, degree: int) -> int:
+def moment_count(head_dim: int, degree: int | None) -> int:
+    """Moments per entry of a value: none without a degree."""
+    return 0 if degree is None else feature_count(head_dim, degree)
+
+
+def tail_size(head_dim: int, value_dim: int, degree: int | None) -> int:
     """Tokens in the tail: a power of two >= 16, large enough to make folding rare, small beside the moments."""
+    if degree is None:
+        return 0
     balance = feature_count(head_dim, degree) * (value_dim + 1) // (2 * (head_dim + value_dim + 1))
     return min(64, max(16, 1 << balance.bit_length() - 1 if balance else 16))
 
 
-def check_state_bytes(needed: int, allowed: int, degree: int) -> None:
+def check_reach(degree: int | None, window: int, sinks: int) -> None:
+    """Refuse what is no choice of tokens to attend to."""
+    for name, size in {"window": window, "sinks": sinks}.items():
+        expect(_is_count(size), name, "an int >= 0", size)
+    if degree is None:
+        expect(window + sinks > 0, "degree", "an int >= 0 (None: only with a window or sinks)", degree)
+    else:
+        expect(_is_count(degree), "degree", "an int >= 0", degree)
+
+
+def _is_count(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
+def needed_bytes(rows: int, head_dim: int, columns: int, degree: int | None, slots: int, dtype: torch.dtype) -> int:
+    """Bytes of the moments with their compensation and of the near tokens, for so many batch x key/value heads."""
+    moments = 2 * columns * moment_count(head_dim, degree)
+    return rows * (dtype.itemsize * (moments + slots * (head_dim + columns)) + 8 * slots)
+
+
+def check_state_bytes(needed: int, allowed: int, degree: int | None) -> None:
     """Refuse a state of more bytes than allowed."""
     if needed > allowed:
         expected = f"a degree whose state fits in max_state_bytes={allowed:,} bytes"
@@ -63,7 +93,9 @@ class State:
         tail_key: latest keys, tokens last, [B, Hkv, d, W]; tail_value: their [v, 1], faded to now, [B, Hkv, E, W].
         tail_log_decay: log decay since the tail began, still to be applied to `sums`, float64 [B, Hkv].
         tail_length: tokens in the tail.
-        degree: highest degree of the moments. scale: factor on q . k that the sequence is read with.
+        degree: highest degree of the moments; None: there are none, and tokens that are not near are forgotten.
+        scale: factor on q . k that the sequence is read with.
+        near: the tokens that are attended to exactly; None: none are.
     """
 
     sums: Tensor
@@ -74,8 +106,9 @@ class State:
     tail_value: Tensor
     tail_log_decay: Tensor
     tail_length: int
-    degree: int
+    degree: int | None
     scale: float
+    near: Near | None = None
 
     @classmethod
     def zeros(
@@ -84,8 +117,10 @@ class State:
         kv_heads: int,
         head_dim: int,
         value_dim: int,
-        degree: int,
+        degree: int | None,
         *,
+        window: int = 0,
+        sinks: int = 0,
         scale: float | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -94,6 +129,7 @@ class State:
         """The state before the first token.
 
         Args:
+            degree, window, sinks: as `attention` takes them.
             scale: factor on q . k; 1 / sqrt(head_dim) if None.
             dtype: float32 or float64.
 
@@ -103,20 +139,22 @@ class State:
         sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
         for name, size in sizes.items():
             expect(isinstance(size, int) and size >= 1, name, "an int >= 1", size)
-        for name, size in {"batch_size": batch_size, "degree": degree}.items():
-            expect(isinstance(size, int) and size >= 0, name, "an int >= 0", size)
+        expect(isinstance(batch_size, int) and batch_size >= 0, "batch_size", "an int >= 0", batch_size)
+        check_reach(degree, window, sinks)
         expect(dtype in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", dtype)
         columns = value_dim + 1
-        shape = (batch_size, kv_heads, columns, feature_count(head_dim, degree))
-        needed = 2 * batch_size * kv_heads * columns * shape[-1] * dtype.itemsize
+        shape = (batch_size, kv_heads, columns, moment_count(head_dim, degree))
+        needed = needed_bytes(batch_size * kv_heads, head_dim, columns, degree, window + sinks, dtype)
         check_state_bytes(needed, max_state_bytes, degree)
         sums = torch.zeros(shape, dtype=dtype, device=device)
         tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
         scale = head_dim**-0.5 if scale is None else scale
         number = isinstance(scale, int | float) and not isinstance(scale, bool) and isfinite(scale)
         expect(number, "scale", "a finite number or None", repr(scale))
-        scale = float(scale)
-        return cls.from_sums(sums, torch.zeros_like(sums), tokens, None, head_dim, degree, scale)
+        state = cls.from_sums(sums, torch.zeros_like(sums), tokens, None, head_dim, degree, float(scale))
+        if window or sinks:
+            state.near = Near.zeros(sums, state.log_decay, head_dim, window, sinks)
+        return state
 
     @classmethod
     def from_sums(
@@ -126,8 +164,9 @@ class State:
         tokens: Tensor,
         log_decay: Tensor | None,
         head_dim: int,
-        degree: int,
+        degree: int | None,
         scale: float,
+        near: Near | None = None,
     ) -> State:
         """A state of moments [B, Hkv, E, M] with an empty tail; log_decay [B, Hkv] is the decay since the start."""
         batch, heads, columns, _ = sums.shape
@@ -144,6 +183,7 @@ class State:
             0,
             degree,
             scale,
+            near,
         )
 
     @property
@@ -165,6 +205,16 @@ class State:
     def value_dim(self) -> int:
         """Size of a value, d_V."""
         return self.sums.shape[2] - 1
+
+    @property
+    def window(self) -> int:
+        """Latest tokens that are attended to exactly."""
+        return 0 if self.near is None else self.near.window
+
+    @property
+    def sinks(self) -> int:
+        """First tokens that are attended to exactly."""
+        return 0 if self.near is None else self.near.sinks
 
     @property
     def dtype(self) -> torch.dtype:
@@ -192,11 +242,12 @@ class State:
             and self.tail_key.is_contiguous()
             and self.tail_value.is_contiguous()
             and self.tail_log_decay.is_contiguous()
+            and (self.near is None or self.near.is_contiguous)
         )
 
     @property
     def moments(self) -> Tensor:
-        """Raw moments of all tokens, the tail's too, [B, Hkv, E, M]."""
+        """Raw moments of all tokens that are not near, the tail's too, [B, Hkv, E, M]."""
         return self.folded().sums
 
     def folded(self) -> State:
@@ -216,7 +267,7 @@ class State:
     @torch.no_grad()
     def fold_(self) -> None:
         """Add the tail's tokens to the moments in place, a few heads at a time, and empty it."""
-        if self.tail_length == 0:
+        if self.tail_length == 0 or self.degree is None:
             return
         factors = self.tail_log_decay.exp().to(self.dtype).view(-1, 1, 1)
         sums, compensation = self.sums.view(-1, *self.sums.shape[2:]), self.compensation.view(-1, *self.sums.shape[2:])
@@ -243,7 +294,7 @@ class State:
 
         Where visible bool [B] is False nothing is appended.
         """
-        if self.tail_length == self.tail_key.shape[-1]:
+        if self.degree is not None and self.tail_length == self.tail_key.shape[-1]:
             self.fold_()
         if visible is not None:
             hidden = ~visible[:, None]
@@ -253,34 +304,52 @@ class State:
             self.log_decay += log_decay
             self.tail_log_decay += log_decay
             self.tail_value *= log_decay.exp().to(self.dtype)[..., None, None]
-        self.tail_key[..., self.tail_length] = key
-        self.tail_value[..., self.tail_length] = value
-        self.tail_length += 1
+        if self.near is not None:
+            leaving = self.near.push_(Tokens(key, value, self.log_decay), self.tokens, visible)
+            faded = (self.log_decay - leaving.log_decay).exp().to(self.dtype)
+            key, value = leaving.key, leaving.value * faded[..., None]
+        if self.degree is not None:
+            self.tail_key[..., self.tail_length] = key
+            self.tail_value[..., self.tail_length] = value
+            self.tail_length += 1
         self.tokens += 1 if visible is None else visible
 
     def assign_(self, other: State) -> None:
         """Take over the content of another state of the same shape, in place."""
         for name in _TENSORS:
             getattr(self, name).copy_(getattr(other, name))
+        if self.near is not None and other.near is not None:
+            self.near.assign_(other.near)
         self.tail_length = other.tail_length
 
     def merge(self, later: State) -> State:
         """The state of this sequence followed by `later`'s, a new one; both stay as they are.
 
         Raises:
-            ArgumentError: the two differ in shape, degree, scale, dtype or device.
+            ArgumentError: the two differ in shape, degree, scale, dtype or device, or have sinks: those of `later`
+                are not the first tokens of the whole.
         """
         expect(isinstance(later, State), "later", "a State", type(later).__name__)
-        for name in ("batch_size", "kv_heads", "head_dim", "value_dim", "degree", "scale", "dtype", "device"):
+        for name in ("batch_size", "kv_heads", "head_dim", "value_dim", "degree", "window", "sinks", "scale"):
             mine, other = getattr(self, name), getattr(later, name)
             expect(mine == other, "later", f"a state of {name} {mine}", other)
+        for name in ("dtype", "device"):
+            mine, other = getattr(self, name), getattr(later, name)
+            expect(mine == other, "later", f"a state of {name} {mine}", other)
+        expect(self.sinks == 0, "later", "a state without sinks", f"{self.sinks} sinks")
         first, second = self.folded(), later.folded()
         factor = second.log_decay.exp().to(self.dtype)[..., None, None]
         increment = first.sums * factor
         dropped = first.compensation * factor + second.compensation
-        sums, compensation = add_compensated(second.sums, dropped.detach(), increment)
         tokens, log_decay = first.tokens + second.tokens, first.log_decay + second.log_decay
-        return State.from_sums(sums, compensation, tokens, log_decay, self.head_dim, self.degree, self.scale)
+        near = None
+        if first.near is not None and second.near is not None:
+            near, left = first.near.followed_by(second.near, first.tokens, second.tokens, first.log_decay)
+            faded = (log_decay[..., None] - left.log_decay).exp().to(self.dtype)
+            if self.degree is not None:
+                increment = increment + (left.value * faded[..., None, :]) @ expand(left.key.mT, self.degree)
+        sums, compensation = add_compensated(second.sums, dropped.detach(), increment)
+        return State.from_sums(sums, compensation, tokens, log_decay, self.head_dim, self.degree, self.scale, near)
 
     def clone(self) -> State:
         """An independent copy: a fork of the sequence."""
@@ -315,17 +384,19 @@ class State:
         narrow: dict[str, Any] = {
             name: getattr(self, name).to(wide_dtype(target)) for name in ("log_decay", "tail_log_decay")
         }
-        moved = replace(self, **narrow)._each(lambda tensor: tensor.to(target))
+        near = None if self.near is None else self.near.convert(target, wanted, wide_dtype(target))
+        moved = replace(self, near=None, **narrow)._each(lambda tensor: tensor.to(target))
         changed: dict[str, Any] = {name: getattr(moved, name).to(wanted) for name in _TENSORS if name not in _OWN_DTYPE}
-        return replace(moved, **changed)
+        return replace(moved, near=near, **changed)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> State:
         changed: dict[str, Any] = {name: function(getattr(self, name)) for name in _TENSORS}
-        return replace(self, **changed)
+        return replace(self, near=None if self.near is None else self.near.each(function), **changed)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, for files that hold several states."""
-        return {name: getattr(self, name) for name in _TENSORS}
+        own = {name: getattr(self, name) for name in _TENSORS}
+        return own if self.near is None else own | self.near.tensors()
 
     def metadata(self) -> dict[str, str]:
         """What the tensors do not say, as text."""
@@ -339,11 +410,10 @@ class State:
             StorageError: they do not fit together.
         """
         try:
-            degree, tail_length = int(metadata["degree"]), int(metadata["tail_length"])
-            scale = float.fromhex(metadata["scale"])
-            state = cls(
-                **{name: tensors[name] for name in _TENSORS}, tail_length=tail_length, degree=degree, scale=scale
-            )
+            degree = None if metadata["degree"] == "None" else int(metadata["degree"])
+            tail_length, scale = int(metadata["tail_length"]), float.fromhex(metadata["scale"])
+            own, near = {name: tensors[name] for name in _TENSORS}, Near.from_tensors(tensors)
+            state = cls(**own, tail_length=tail_length, degree=degree, scale=scale, near=near)
             state._check_layout()
         except (KeyError, ValueError, OverflowError, IndexError) as error:
             raise StorageError(f"state: expected the tensors and metadata of a State, got {error}") from error
@@ -363,7 +433,8 @@ class State:
         }
         for name, shape in shapes.items():
             expect(getattr(self, name).shape == shape, name, f"shape {shape}", tuple(getattr(self, name).shape))
-        expect(features == feature_count(head_dim, self.degree), "sums", f"degree {self.degree}", features)
+        expect(features == moment_count(head_dim, self.degree), "sums", f"degree {self.degree}", features)
+        expect(self.degree is not None or self.near is not None, "degree", "an int without near tokens", self.degree)
         expect(self.dtype in (torch.float32, torch.float64), "sums", "float32 or float64", self.dtype)
         wide = wide_dtype(self.device)
         wanted = {"tokens": torch.int64, "log_decay": wide, "tail_log_decay": wide}
@@ -374,6 +445,8 @@ class State:
         expect(bool((self.tokens >= 0).all()), "tokens", "counts >= 0", self.tokens.tolist())
         expect(0 <= self.tail_length <= width, "tail_length", f"0..{width}", self.tail_length)
         expect(isfinite(self.scale), "scale", "a finite number", self.scale)
+        if self.near is not None:
+            self.near.check_layout(self.sums, head_dim, wide)
 
     def save(self, path: str | Path) -> None:
         """Write the state to a file, replacing it atomically (needs safetensors).

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.state import State
+from ..core.state import State, check_reach
 from ..errors import expect
 from ..ops.attention import attention
 from ..ops.decode import decode_
@@ -16,20 +16,15 @@ from .layer import Attention, Heads
 from .softmax import softmax_attention
 
 
-def check_degree(degree: int) -> int:
-    """The degree, or ArgumentError for what is none."""
-    good = isinstance(degree, int) and not isinstance(degree, bool) and degree >= 0
-    expect(good, "degree", "an int >= 0", repr(degree))
-    return degree
-
-
 class TaylorAttention(Attention):
     """Attention whose exp is cut after `degree`: constant memory and constant cost per token, whatever the context.
 
     Takes the arguments of `Attention`, and:
 
     Args:
-        degree: of the truncated series; an even one is positive everywhere, and the one to train with.
+        degree: of the truncated series; an even one is positive everywhere, and the one to train with. None, with a
+            window or sinks: what is not near is forgotten.
+        window, sinks: latest and first tokens that are attended to exactly (causal layers only).
     """
 
     _state_type = State
@@ -42,11 +37,15 @@ class TaylorAttention(Attention):
         head_dim: int | None = None,
         value_dim: int | None = None,
         *,
-        degree: int = 2,
+        degree: int | None = 2,
+        window: int = 0,
+        sinks: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_heads, num_kv_heads, head_dim, value_dim, **options)
-        self.degree = check_degree(degree)
+        check_reach(degree, window, sinks)
+        expect(self.causal or window + sinks == 0, "causal", "True with a window or sinks", self.causal)
+        self.degree, self.window, self.sinks = degree, window, sinks
 
     def new_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -59,6 +58,8 @@ class TaylorAttention(Attention):
             self.head_dim,
             self.value_dim,
             self.degree,
+            window=self.window,
+            sinks=self.sinks,
             scale=self.scale,
             dtype=torch.promote_types(weight.dtype, torch.float32) if dtype is None else dtype,
             device=weight.device if device is None else device,
@@ -67,6 +68,8 @@ class TaylorAttention(Attention):
     def _mix(self, heads: Heads, state: State | None, return_state: bool) -> tuple[Tensor, State | None]:
         options: dict[str, Any] = {
             "degree": self.degree,
+            "window": self.window,
+            "sinks": self.sinks,
             "causal": self.causal,
             "scale": self.scale,
             "key_padding_mask": heads.key_padding_mask,

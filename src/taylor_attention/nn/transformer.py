@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..core.state import State
+from ..core.state import State, check_reach
 from ..errors import ArgumentError, expect
-from .attention import SoftmaxAttention, TaylorAttention, check_degree
+from .attention import SoftmaxAttention, TaylorAttention
 from .cache import KeyValueCache
 from .layer import check_decay, resolve_sizes
 from .norm import RMSNorm
@@ -29,7 +29,8 @@ class ModelConfig:
         num_layers: blocks.
         num_heads, num_kv_heads, head_dim, value_dim, qk_norm, rope, rope_base, decay: see `TaylorAttention`.
         attention: "taylor" or "softmax".
-        degree: of the series; a softmax model keeps it unused, so that twins differ in one field.
+        degree, window, sinks: see `TaylorAttention`; a softmax model keeps them unused, so that twins differ in one
+            field.
         mlp_ratio: hidden width of the MLP over d_model.
     """
 
@@ -41,7 +42,9 @@ class ModelConfig:
     head_dim: int | None = None
     value_dim: int | None = None
     attention: str = "taylor"
-    degree: int = 2
+    degree: int | None = 2
+    window: int = 0
+    sinks: int = 0
     qk_norm: bool = True
     rope: bool = True
     rope_base: float = 10000.0
@@ -56,7 +59,7 @@ class ModelConfig:
         expect(
             isinstance(self.mlp_ratio, (int, float)) and self.mlp_ratio > 0, "mlp_ratio", "a number > 0", self.mlp_ratio
         )
-        check_degree(self.degree)
+        check_reach(self.degree, self.window, self.sinks)
         check_decay(self.decay)
         resolve_sizes(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim, self.rope)
 
@@ -66,7 +69,7 @@ class ModelConfig:
         options: dict[str, Any] = {name: getattr(self, name) for name in ("qk_norm", "rope", "rope_base", "decay")}
         if self.attention == "softmax":
             return SoftmaxAttention(*sizes, **options)
-        return TaylorAttention(*sizes, degree=self.degree, **options)
+        return TaylorAttention(*sizes, degree=self.degree, window=self.window, sinks=self.sinks, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from ..core.basis import feature_count
 from ..core.series import Series
-from ..core.state import MAX_STATE_BYTES, State, check_state_bytes, wide_dtype
+from ..core.state import MAX_STATE_BYTES, State, check_reach, check_state_bytes, needed_bytes, wide_dtype
 from .backends import uses_kernels
+from .hybrid import Sequence, attend_hybrid
 from .normaliser import divide, divide_checked, resolve
 from .operator import attend
 from .problem import FULL_RESET
@@ -20,6 +20,7 @@ from .validation import (
     check_choices,
     check_data,
     check_inputs,
+    check_reading,
     check_scale,
     check_series,
     check_state,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 class Options(TypedDict, total=False):
     """The optional arguments of `attention` that do not change what it returns."""
 
+    window: int
+    sinks: int
+    reading: str
     causal: bool
     scale: float | None
     series: Series | None
@@ -46,18 +50,27 @@ class Options(TypedDict, total=False):
 
 @overload
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, degree: int, return_state: Literal[False] = ..., **_: Unpack[Options]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    degree: int | None,
+    return_state: Literal[False] = ...,
+    **_: Unpack[Options],
 ) -> Tensor: ...
 @overload
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, degree: int, return_state: Literal[True], **_: Unpack[Options]
+    query: Tensor, key: Tensor, value: Tensor, *, degree: int | None, return_state: Literal[True], **_: Unpack[Options]
 ) -> tuple[Tensor, State]: ...
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
-    degree: int,
+    degree: int | None,
+    window: int = 0,
+    sinks: int = 0,
+    reading: str = "taylor",
     causal: bool = True,
     scale: float | None = None,
     series: Series | None = None,
@@ -76,14 +89,22 @@ def attention(
     the visible keys (for exp: the paper's equations 1 to 8). Costs do not depend on the context beyond the moments.
     Differentiable in query, key, value, log_decay and the state; sums are float32 (float64 for float64 inputs).
 
+    With a window or sinks, near keys have their true weight exp(s_ij) and only the others, the far ones, f(s_ij), in
+    one sum and one normaliser. A window that holds all tokens gives softmax.
+
     Args:
         query: [B, Hq, Tq, d]; floating point, any strides.
         key: [B, Hkv, Tk, d]; Hq must be a multiple of Hkv (query head h uses key/value head h // (Hq / Hkv)).
         value: [B, Hkv, Tk, dv].
         degree: highest power of the scores, >= 0 (the paper's P - 1). Even degrees of exp are positive everywhere.
+            None, with a window or sinks: far keys count for nothing.
+        window: how many of the latest tokens are near, the query's own included (hidden ones take their place too).
+        sinks: how many of the sequence's first visible tokens are near.
+        reading: "taylor": far weights are f(s_ij), the same for all; "fitted": the polynomial nearest to exp for scores
+            that are distributed as the query's own far scores are, in mean and variance (see `ops.reading`).
         causal: query i sees keys j <= i (then Tq == Tk); else every query sees every key.
         scale: factor on q . k; 1 / sqrt(d) if None.
-        series: coefficients c_p; exp's Taylor series if None (see `taylor_attention.series`).
+        series: coefficients c_p; exp's Taylor series if None (see `taylor_attention.series`). Near weights are exp.
         key_padding_mask: bool [B, Tk], True = attend. Hidden tokens count nowhere: not in the sums, not in the
             normaliser, not as decay. A query that sees no key at all gives zeros.
         cu_seqlens: int32 [N + 1], borders of N sequences packed in one row (B == 1, Tq == Tk): 0, ..., Tk.
@@ -108,45 +129,64 @@ def attention(
             NaN rows instead).
     """
     optional = Optional(key_padding_mask, cu_seqlens, log_decay)
-    shapes = check_inputs(query, key, value, optional, degree, causal)
+    check_reach(degree, window, sinks)
+    shapes = check_inputs(query, key, value, optional, causal, near=window + sinks > 0)
     check_choices(backend, chunk_size)
-    degree = len(range(degree))  # a tracer that takes ints for unknowns pins this one down
+    check_reading(reading, series, causal)
+    degree = None if degree is None else len(range(degree))  # a tracer that takes ints for unknowns pins this one down
     scale = check_scale(scale, shapes.head_dim)
     if state is not None:
-        check_state(state, shapes, degree, scale)
+        check_state(state, shapes, degree, scale, window, sinks)
     if not torch.compiler.is_compiling():
         uses_kernels(backend, shapes.device)  # refuses a backend that cannot compute here
         check_data(cu_seqlens, log_decay, shapes.keys)
     if return_state:
-        features = feature_count(shapes.head_dim, degree)
-        elements = 2 * shapes.sequences * shapes.kv_heads * (shapes.value_dim + 1) * features
-        check_state_bytes(elements * shapes.sum_dtype.itemsize, max_state_bytes, degree)
+        rows, columns = shapes.sequences * shapes.kv_heads, shapes.value_dim + 1
+        needed = needed_bytes(rows, shapes.head_dim, columns, degree, window + sinks, shapes.sum_dtype)
+        check_state_bytes(needed, max_state_bytes, degree)
     start = None if state is None else state.folded()
-    series = check_series(series)
-    coefficients, positive = resolve(series, degree)
+    coefficients, positive = resolve(check_series(series), degree)
     q, k, v = (x.to(shapes.sum_dtype) for x in (query, key, value))
     gates = None if log_decay is None else log_decay.to(shapes.sum_dtype).clamp(min=FULL_RESET)
     sums, compensation = (None, None) if start is None else (start.sums, start.compensation)
-    out, end, dropped = attend(
-        q * scale,
-        k,
-        v,
-        key_padding_mask,
-        gates,
-        cu_seqlens,
-        sums,
-        compensation,
-        coefficients,
-        causal,
-        chunk_size or 0,
-        return_state,
-        backend,
-    )
-    if positive:
+    near, seen, fitted = None, None, reading == "fitted"
+    if window or sinks or fitted:
+        if state is None and not return_state:
+            sinks = min(sinks, shapes.keys)
+        sequence = Sequence(q * scale, k, v, key_padding_mask, gates, start, window, sinks)
+        found = attend_hybrid(
+            sequence,
+            None if degree is None else coefficients,
+            cu_seqlens,
+            fitted=fitted,
+            checked=degree is not None and degree % 2 == 1 if fitted else not positive,
+            chunk=chunk_size or 0,
+            keep=return_state,
+            backend=backend,
+        )
+        out, end, dropped, near, seen = found.out, found.sums, found.compensation, found.near, found.seen
+    else:
+        out, end, dropped = attend(
+            q * scale,
+            k,
+            v,
+            key_padding_mask,
+            gates,
+            cu_seqlens,
+            sums,
+            compensation,
+            coefficients,
+            causal,
+            chunk_size or 0,
+            return_state,
+            backend,
+        )
+        if not positive:
+            seen = _visible_weight(q, k, v, key_padding_mask, gates, cu_seqlens, sums, compensation, causal, backend)
+    if seen is None:
         y = divide(out, out[..., -1] == 0)  # exactly zero only where no key is visible
     else:
-        seen = _visible_weight(q, k, v, key_padding_mask, gates, cu_seqlens, sums, compensation, causal, backend)
-        y = divide_checked(out, seen, coefficients[0])
+        y = divide_checked(out, seen, 1.0 if fitted else coefficients[0])
     y = y.to(query.dtype)
     if not return_state:
         return y
@@ -155,7 +195,8 @@ def attention(
     if state is not None:
         tokens = tokens + state.tokens
         faded = state.log_decay.clone() if faded is None else faded + state.log_decay
-    return y, State.from_sums(end, dropped, tokens, faded, shapes.head_dim, degree, scale)
+    assert end is not None and dropped is not None  # kept
+    return y, State.from_sums(end, dropped, tokens, faded, shapes.head_dim, degree, scale, near)
 
 
 @torch.no_grad()
@@ -202,7 +243,7 @@ def _sum_decay(gates: Tensor, visible: Tensor | None, cu_seqlens: Tensor | None)
     """Log decay summed over visible tokens per sequence and head."""
     gates = gates if visible is None else gates.masked_fill(~visible[:, None], 0)
     gates = gates.to(wide_dtype(gates.device))
-    return gates.sum(-1) if cu_seqlens is None else _per_sequence(gates, cu_seqlens)[0].transpose(0, 1)
+    return gates.sum(-1) if cu_seqlens is None else _per_sequence(gates, cu_seqlens)[0].mT.contiguous()
 
 
 def _per_sequence(packed: Tensor, cu_seqlens: Tensor) -> Tensor:

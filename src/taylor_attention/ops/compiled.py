@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..core.basis import feature_count, reading_weights
+from ..core.near import Near
 from ..core.state import State
+from .normaliser import SAFE_SHARE
 from .problem import FULL_RESET, Gradients, Inputs, Problem, gradients
 from .tiling import KERNELS, choose
 
@@ -27,7 +29,7 @@ _PARALLEL_WORK = 2**20
 """Multiplications of whole sequences below which waking another thread costs more than it brings."""
 
 _PARALLEL_READ = 2**18
-"""The same for elements of the moments read by one decoding step."""
+"""The same for elements of the state read by one decoding step."""
 
 
 @lru_cache(maxsize=1)
@@ -48,7 +50,8 @@ def declines(device: torch.device) -> str:
     return ""
 
 
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
+    """The compiled module; ImportError where there is none."""
     module = _load()
     if module is None:
         raise ImportError(declines(torch.device("cpu")))
@@ -60,7 +63,7 @@ def forward(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor | None, Te
     call = _Call(inputs, problem, problem.keep)
     batch, heads, queries, _ = inputs.query.shape
     out = inputs.query.new_empty(batch, heads, queries, call.columns)
-    _kernels().forward(*call.numbers, out.data_ptr())
+    kernels().forward(*call.numbers, out.data_ptr())
     if call.poisoned is not None:
         by_query = call.poisoned.repeat_interleave(heads // inputs.key.shape[1], 1)  # [B, Hq, Tk]
         reached = by_query.cumsum(-1) > 0 if problem.causal else by_query.any(-1, keepdim=True)
@@ -80,7 +83,7 @@ def backward(
     by_column = inputs.key.new_empty(*inputs.key.shape[:3], call.columns)
     by_start = None if inputs.sums is None else inputs.sums.new_empty(inputs.sums.shape)
     results = (by_query, by_key, by_column, by_start)
-    _kernels().backward(*call.numbers, *map(_address, (grad, grad_end, *results)))
+    kernels().backward(*call.numbers, *map(address, (grad, grad_end, *results)))
     at_end = None if grad_end is None or end is None else (grad_end, end)
     return gradients(inputs, by_query, by_key, by_column, by_start, (grad, out), at_end)
 
@@ -89,7 +92,7 @@ class _Call:
     """The arguments that both passes share, and the tensors that have to live as long as the call."""
 
     def __init__(self, inputs: Inputs, problem: Problem, keep: bool) -> None:
-        query, key, value = map(_entries_together, (inputs.query, inputs.key, inputs.value))
+        query, key, value = map(entries_together, (inputs.query, inputs.key, inputs.value))
         batch, heads, keys, head_dim = key.shape
         queries, group, degree = query.shape[2], query.shape[1] // heads, len(problem.coefficients) - 1
         self.columns = value.shape[3] + 1
@@ -128,15 +131,16 @@ class _Call:
             tiling.direct,
             inputs.sums is not None,
             keep,
-            _threads(work),
-            *_strided(query),
-            *_strided(key),
-            *_strided(value),
-            *map(_address, (visible, log_decay, coefficients, weights, self.sums, self.compensation)),
+            count_threads(work),
+            *strided(query),
+            *strided(key),
+            *strided(value),
+            *map(address, (visible, log_decay, coefficients, weights, self.sums, self.compensation)),
         )
 
 
-def _entries_together(x: Tensor) -> Tensor:
+def entries_together(x: Tensor) -> Tensor:
+    """The same with contiguous entries."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -168,29 +172,35 @@ def _moments_at_start(inputs: Inputs, problem: Problem, wanted: bool) -> tuple[T
     return sums, torch.zeros_like(sums)
 
 
-def _threads(work: int, least: int = _PARALLEL_WORK) -> int:
+def count_threads(work: int, least: int = _PARALLEL_WORK) -> int:
+    """Threads for so much work: one, if it is less than `least`."""
     return torch.get_num_threads() if work >= least else 1
 
 
-def _address(x: Tensor | None) -> int:
+def address(x: Tensor | None) -> int:
+    """Where a tensor's data lies, 0 if there is none."""
     return 0 if x is None else x.data_ptr()
 
 
-def _strided(x: Tensor) -> tuple[int, ...]:
+def strided(x: Tensor) -> tuple[int, ...]:
+    """A tensor [batch, heads, tokens, entries] as the kernels read it: address and strides."""
     return x.data_ptr(), *x.stride()[:3]
 
 
 @lru_cache(maxsize=256)
 def _constants(head_dim: int, coefficients: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Coefficients and reading weights as tensors that stay."""
+    """Coefficients and reading weights as tensors that stay; empty without moments."""
     with torch.inference_mode(False):
-        return torch.tensor(coefficients, dtype=dtype, device="cpu"), reading_weights(head_dim, coefficients, dtype)
+        given = torch.tensor(coefficients, dtype=dtype, device="cpu")
+        return given, reading_weights(head_dim, coefficients, dtype) if coefficients else given
 
 
 class Step(NamedTuple):
     """What all decoding steps of the same sizes, types and strides hand over."""
 
     numbers: tuple[float, ...]  # up to the tail's length, in the order of module.cpp
+    near: tuple[float, ...]  # the same for the near part, up to the ring's address
+    tail: int | None  # tokens in a full tail; None: no far part
     out: tuple[int, ...]  # the output's shape
     as_they_are: bool  # whether the kernels can read the inputs without a copy
     constants: tuple[Tensor, Tensor]  # whose addresses are among the numbers
@@ -207,25 +217,27 @@ def plan_step(
     """Prepare decoding steps for tensors and states like these; shapes as for `decode_`.
 
     Args:
+        coefficients: of the series; none without a far part.
         safe_share: normalisers below this share of what the visible keys give at score zero make NaN; None: no check.
     """
     batch, heads, columns, features = state.sums.shape
+    slots = state.window + state.sinks
     query_heads, (_, _, head_dim, width) = inputs[0].shape[1], state.tail_key.shape
     constants = _constants(head_dim, coefficients, state.dtype)
     gate_strides = (0, 0) if log_decay is None else log_decay.stride()[:2]
     numbers = (
         state.dtype == torch.float64,
         head_dim,
-        state.degree,
+        len(coefficients) - 1,
         batch,
         heads,
         query_heads // heads,
         columns,
         width,
-        _threads(batch * heads * columns * features, _PARALLEL_READ),
+        count_threads(batch * heads * (columns * features + slots * (head_dim + columns)), _PARALLEL_READ),
         state.scale,
         -1.0 if safe_share is None else safe_share,
-        *map(_address, constants),
+        *map(address, constants),
         *(stride for x in inputs for stride in x.stride()[:2]),
         0 if visible is None else visible.stride(0),
         log_decay is not None and log_decay.dtype == torch.float64,
@@ -234,7 +246,9 @@ def plan_step(
     )
     together = all((x.stride(3) == 1 or x.shape[3] <= 1) and x.dtype == state.dtype for x in inputs)
     gates = log_decay is None or log_decay.dtype in (torch.float32, torch.float64)
-    return Step(numbers, (batch, query_heads, 1, columns - 1), together and gates, constants)
+    near = () if state.near is None else (state.window, state.sinks, SAFE_SHARE)
+    tail = width if coefficients else None
+    return Step(numbers, near, tail, (batch, query_heads, 1, columns - 1), together and gates, constants)
 
 
 def decode_(
@@ -257,10 +271,11 @@ def decode_(
         y [B, Hq, 1, dv], and the number of rows that are NaN for the reason above; -1 if nothing was done because a
         log decay is not <= 0.
     """
-    if state.tail_length == state.tail_key.shape[3]:
+    if state.tail_length == step.tail:
         fold_(state)
+    near = state.near
     out = query.new_empty(step.out)
-    unsafe = _kernels().decode(
+    unsafe = kernels().decode(
         *step.numbers,
         state.tail_length,
         query.data_ptr(),
@@ -275,11 +290,29 @@ def decode_(
         state.tail_log_decay.data_ptr(),
         state.tokens.data_ptr(),
         out.data_ptr(),
+        *(() if near is None else _near_arguments(step, near)),
     )
     if unsafe >= 0:
-        state.tail_length += 1
+        if step.tail is not None:
+            state.tail_length += 1
         increment_version((state.tail_key, state.tail_value, state.log_decay, state.tail_log_decay, state.tokens))
+        if near is not None:
+            increment_version(
+                (near.key, near.value, near.log_decay, near.sink_key, near.sink_value, near.sink_log_decay)
+            )
     return out, unsafe
+
+
+def _near_arguments(step: Step, near: Near) -> tuple[float, ...]:
+    return (
+        *step.near,
+        near.key.data_ptr(),
+        near.value.data_ptr(),
+        near.log_decay.data_ptr(),
+        near.sink_key.data_ptr(),
+        near.sink_value.data_ptr(),
+        near.sink_log_decay.data_ptr(),
+    )
 
 
 def fold_(state: State) -> None:
@@ -292,7 +325,7 @@ def fold_(state: State) -> None:
         state.tail_value,
         state.tail_log_decay,
     )
-    _kernels().fold(
+    kernels().fold(
         state.dtype == torch.float64,
         state.head_dim,
         state.degree,
@@ -300,8 +333,8 @@ def fold_(state: State) -> None:
         columns,
         state.tail_key.shape[3],
         state.tail_length,
-        _threads(batch * heads * columns * features * state.tail_length),
-        *map(_address, tensors),
+        count_threads(batch * heads * columns * features * state.tail_length),
+        *map(address, tensors),
     )
     increment_version((state.sums, state.compensation))
     state.empty_tail_()

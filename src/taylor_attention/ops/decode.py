@@ -8,17 +8,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.basis import expand, reading_weights
 from ..core.series import Series
-from ..core.state import State, wide_dtype
+from ..core.state import State
 from ..errors import expect
 from . import compiled
 from .attention import attention
 from .backends import uses_kernels
-from .normaliser import SAFE_SHARE, divide, divide_checked, resolve, warn_unsafe
-from .problem import FULL_RESET
-from .tiles import polynomial
-from .validation import Optional, check_choices, check_data, check_inputs, check_scale, check_series, check_state
+from .decode_torch import decode_one_
+from .normaliser import SAFE_SHARE, resolve, warn_unsafe
+from .validation import (
+    Optional,
+    check_choices,
+    check_data,
+    check_inputs,
+    check_reading,
+    check_scale,
+    check_series,
+    check_state,
+)
 
 
 def decode_(
@@ -29,6 +36,7 @@ def decode_(
     *,
     scale: float | None = None,
     series: Series | None = None,
+    reading: str = "taylor",
     key_padding_mask: Tensor | None = None,
     log_decay: Tensor | None = None,
     backend: str = "auto",
@@ -38,7 +46,7 @@ def decode_(
     Args:
         query: [B, Hq, n, d]. key: [B, Hkv, n, d]. value: [B, Hkv, n, dv]. Usually n == 1.
         state: the tokens before; changed in place. A state of `State.zeros` begins a sequence.
-        scale, series, key_padding_mask, log_decay, backend: as for `attention`.
+        scale, series, reading, key_padding_mask, log_decay, backend: as for `attention`.
 
     Returns:
         y [B, Hq, n, dv] in the query's dtype.
@@ -46,7 +54,7 @@ def decode_(
     Raises:
         ArgumentError: an argument is not as above, or gradients are being recorded; the state is unchanged.
     """
-    step = _checked(query, key, value, key_padding_mask, log_decay, state, scale, series, backend)
+    step = _checked(query, key, value, key_padding_mask, log_decay, state, scale, series, reading, backend)
     if step.compiled is not None and step.compiled.as_they_are:
         y, unsafe = compiled.decode_(step.compiled, query, key, value, key_padding_mask, log_decay, state)
         if unsafe < 0:
@@ -64,14 +72,19 @@ def decode_(
     with torch.no_grad():
         if step.queries == 1:
             with torch.autocast(query.device.type, enabled=False):  # sums keep their dtype whatever the caller's says
-                return _decode_one(query, key, value, state, step, key_padding_mask, log_decay)
+                return decode_one_(
+                    query, key, value, state, step.coefficients, key_padding_mask, log_decay, step.fitted, step.checked
+                )
         y, after = attention(
             query,
             key,
             value,
             degree=state.degree,
+            window=state.window,
+            sinks=state.sinks,
             scale=scale,
             series=series,
+            reading=reading,
             key_padding_mask=key_padding_mask,
             log_decay=log_decay,
             state=state,
@@ -88,7 +101,8 @@ class _Step(NamedTuple):
 
     queries: int
     coefficients: tuple[float, ...]
-    positive: bool
+    checked: bool  # whether the normaliser may fail to be positive
+    fitted: bool
     compiled: compiled.Step | None  # for single tokens, where the kernels compute
 
 
@@ -105,10 +119,11 @@ def _checked(
     state: State,
     scale: float | None,
     series: Series | None,
+    reading: str,
     backend: str,
 ) -> _Step:
     """Check everything but the data. What was good once is good again: decoding repeats the same call very often."""
-    arguments = (query, key, value, visible, log_decay, state, scale, series, backend)
+    arguments = (query, key, value, visible, log_decay, state, scale, series, reading, backend)
     if torch.compiler.is_compiling():
         return _check(*arguments)
     try:
@@ -120,8 +135,8 @@ def _checked(
             None if visible is None else (visible.shape, visible.stride(), visible.dtype, visible.device),
             None if log_decay is None else _signature(log_decay),
             (type(state), sums.shape, sums.dtype, sums.device, tail.shape, state.degree, state.scale),
-            state.is_contiguous,
-            (scale, type(scale), series, backend, torch.is_grad_enabled(), torch.get_num_threads()),
+            (state.window, state.sinks, state.is_contiguous),
+            (scale, type(scale), series, reading, backend, torch.is_grad_enabled(), torch.get_num_threads()),
         )
         found = _known.get(signature)
     except (AttributeError, TypeError):  # then the check has something to say
@@ -147,53 +162,20 @@ def _check(
     state: State,
     scale: float | None,
     series: Series | None,
+    reading: str,
     backend: str,
 ) -> _Step:
-    degree = state.degree if isinstance(state, State) else 0
-    shapes = check_inputs(query, key, value, Optional(visible, None, log_decay), degree, True)
-    scale = check_scale(scale, shapes.head_dim)
-    check_state(state, shapes, degree, scale, in_place=(query, key, value, log_decay))
+    expect(isinstance(state, State), "state", "a State", type(state))
+    shapes = check_inputs(query, key, value, Optional(visible, None, log_decay), True)
+    scale, degree = check_scale(scale, shapes.head_dim), state.degree
+    check_state(state, shapes, degree, scale, state.window, state.sinks, in_place=(query, key, value, log_decay))
     expect(state.is_contiguous, "state", "contiguous tensors, to change them in place", "others")
     check_choices(backend, None)
+    check_reading(reading, series, True)
     coefficients, positive = resolve(check_series(series), degree)
-    plan = None
-    if shapes.queries == 1 and uses_kernels(backend, query.device):
-        safe_share = None if positive else SAFE_SHARE * abs(coefficients[0])
+    fitted, plan = reading == "fitted", None
+    checked = not positive and (degree % 2 == 1 if fitted and degree is not None else True)
+    if shapes.queries == 1 and not fitted and uses_kernels(backend, query.device):
+        safe_share = SAFE_SHARE * abs(coefficients[0]) if checked else None
         plan = compiled.plan_step((query, key, value), visible, log_decay, state, coefficients, safe_share)
-    return _Step(shapes.queries, coefficients, positive, plan)
-
-
-def _decode_one(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: State,
-    step: _Step,
-    visible: Tensor | None,
-    log_decay: Tensor | None,
-) -> Tensor:
-    """One token: the moments are read once, the tail is attended to exactly as inside a chunk."""
-    batch, heads = key.shape[:2]
-    k, v = key[:, :, 0].to(state.dtype), value[:, :, 0].to(state.dtype)
-    u = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
-    u = u + (k * 0).sum(-1, keepdim=True) + (v * 0).sum(-1, keepdim=True)  # all NaN if any is not finite
-    gate = None if log_decay is None else log_decay[..., 0].to(wide_dtype(state.device)).clamp(min=FULL_RESET)
-    state.append_(k, u, gate, None if visible is None else visible[:, 0])
-    coefficients = step.coefficients
-    q = (query[:, :, 0].to(state.dtype) * state.scale).reshape(batch * heads, -1, state.head_dim)  # [n, g, d]
-    weights = reading_weights(state.head_dim, coefficients, state.dtype, state.device)
-    features = expand(q, state.degree) * weights
-    out = torch.bmm(features, state.sums.flatten(0, 1).transpose(1, 2))  # [n, g, E]
-    if bool(state.tail_log_decay.any()):
-        out *= state.tail_log_decay.exp().to(state.dtype).view(-1, 1, 1)
-    tail = slice(0, state.tail_length)
-    near = polynomial(torch.bmm(q, state.tail_key.flatten(0, 1)[..., tail]), coefficients)
-    out.baddbmm_(near, state.tail_value.flatten(0, 1)[..., tail].transpose(1, 2))
-    out = out.view(batch, -1, 1, u.shape[-1])
-    if step.positive:
-        y = divide(out, out[..., -1] == 0)
-    else:
-        degree_zero = state.sums[:, :, -1, 0] * state.tail_log_decay.exp().to(state.dtype)
-        seen = (degree_zero + state.tail_value[:, :, -1, tail].sum(-1)).repeat_interleave(q.shape[1], 1)
-        y = divide_checked(out, seen[..., None], coefficients[0])
-    return y.to(query.dtype)
+    return _Step(shapes.queries, coefficients, checked, fitted, plan)

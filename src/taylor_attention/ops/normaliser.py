@@ -19,8 +19,10 @@ _ADVICE = (
 )
 
 
-def resolve(series: Series, degree: int) -> tuple[tuple[float, ...], bool]:
-    """The coefficients of a series up to a degree, and whether it is positive everywhere."""
+def resolve(series: Series, degree: int | None) -> tuple[tuple[float, ...], bool]:
+    """The coefficients of a series up to a degree (None: there are none), and whether it is positive everywhere."""
+    if degree is None:
+        return (), True
     return series.coefficients(degree), series.is_positive(degree)
 
 

@@ -6,7 +6,7 @@ does not look. Results that are not wanted are empty tensors, since an operator 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,11 @@ from ..core.basis import feature_count
 from . import packed
 from .backends import pick
 from .problem import Inputs, Problem
+from .registry import register, register_autograd, without_autocast
 
 
 def _problem(coefficients: Sequence[float], causal: bool, chunk: int, keep: bool) -> Problem:
     return Problem(tuple(coefficients), causal, chunk or None, keep)
-
-
-def _without_autocast(tensor: Tensor) -> torch.autocast:
-    """Accumulation keeps its dtype whatever the caller's autocast says."""
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _attend(
@@ -48,7 +44,7 @@ def _attend(
     """
     inputs = Inputs(query, key, value, visible, log_decay, sums, compensation)
     problem, computing = _problem(coefficients, causal, chunk, keep), pick(backend, query.device)
-    with _without_autocast(query):
+    with without_autocast(query):
         if cu_seqlens is None:
             out, end, dropped = computing.forward(inputs, problem)
         else:
@@ -88,7 +84,7 @@ def _attend_backward(
     """Gradients of query, key, value, log_decay and sums (empty where that input is None)."""
     inputs = Inputs(query, key, value, visible, log_decay, sums, compensation)
     problem, computing = _problem(coefficients, causal, chunk, end is not None), pick(backend, query.device)
-    with _without_autocast(query):
+    with without_autocast(query):
         if cu_seqlens is None:
             found = computing.backward(inputs, problem, grad, grad_end, out, end)
         else:
@@ -131,19 +127,6 @@ def _backward(ctx: Any, grad: Tensor | None, grad_end: Tensor | None, _: Tensor 
     )
 
 
-# Registered piece by piece: the decorator torch.library.custom_op imports the whole compiler at the first call, which
-# takes longer than most calls ever will.
-_LIBRARY = torch.library.Library("taylor_attention", "DEF")
-
-
-def _register(name: str, compute: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    schema = torch.library.infer_schema(compute, mutates_args=())
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"taylor_attention::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.taylor_attention, name).default
-
-
-attend_backward = _register("attend_backward", _attend_backward, _fake_attend_backward)
-attend = _register("attend", _attend, _fake_attend)
-torch.library.register_autograd("taylor_attention::attend", _backward, setup_context=_setup_context, lib=_LIBRARY)
+attend_backward = register("attend_backward", _attend_backward, _fake_attend_backward)
+attend = register("attend", _attend, _fake_attend)
+register_autograd("attend", _backward, _setup_context)

@@ -1,7 +1,7 @@
 """Packed sequences: several sequences in one row, told apart by their borders (cu_seqlens).
 
 Sequences of similar length are laid side by side as a padded batch and computed as such, so that nothing can leak from
-one to the next and short ones are not computed one by one.
+one to the next and short ones are not computed one by one. The padding is on the left: the latest tokens stand last.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .problem import Gradients, Inputs, Problem
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Some sequences as a padded batch."""
 
     sequences: Tensor  # [m], which ones
@@ -52,7 +52,7 @@ class _Batch:
         )
 
 
-def _batches(cu_seqlens: Tensor, device: torch.device) -> Iterator[_Batch]:
+def batches(cu_seqlens: Tensor, device: torch.device) -> Iterator[Batch]:
     """The sequences, grouped so that within a group no one is padded to more than twice its length."""
     borders = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in pairwise(borders)]
@@ -62,9 +62,9 @@ def _batches(cu_seqlens: Tensor, device: torch.device) -> Iterator[_Batch]:
     for members in groups.values():
         longest = max(lengths[m] for m in members)
         steps = torch.arange(longest, device=device)[None]
-        starts = torch.tensor([borders[m] for m in members], device=device)[:, None]
-        present = steps < torch.tensor([lengths[m] for m in members], device=device)[:, None]
-        yield _Batch(torch.tensor(members, device=device), (starts + steps) * present, present)
+        stops = torch.tensor([borders[m + 1] for m in members], device=device)[:, None]
+        present = steps >= longest - torch.tensor([lengths[m] for m in members], device=device)[:, None]
+        yield Batch(torch.tensor(members, device=device), (stops - longest + steps) * present, present)
 
 
 def _moments_shape(inputs: Inputs, problem: Problem) -> tuple[int, int, int]:
@@ -79,7 +79,7 @@ def forward(
     query, value = inputs.query, inputs.value
     out = query.new_zeros(*query.shape[:3], value.shape[3] + 1)
     ends: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in _batches(cu_seqlens, query.device):
+    for batch in batches(cu_seqlens, query.device):
         part, end, dropped = backend.forward(batch.inputs(inputs), problem)
         batch.scatter_(out, part)
         if end is not None and dropped is not None:
@@ -111,7 +111,7 @@ def backward(
         None if inputs.log_decay is None else inputs.log_decay.new_zeros(inputs.log_decay.shape),
         None if inputs.sums is None else inputs.sums.new_zeros(inputs.sums.shape),
     )
-    for batch in _batches(cu_seqlens, grad.device):
+    for batch in batches(cu_seqlens, grad.device):
         part = backend.backward(
             batch.inputs(inputs),
             problem,

@@ -12,6 +12,9 @@ from ..core.state import wide_dtype
 FULL_RESET = -1e3
 """A log decay below this forgets everything in either precision; clamping to it keeps differences of sums finite."""
 
+FORGOTTEN = -745.0
+"""A log decay below this is no weight at all, even where there is no other: exp of it is 0 in float64."""
+
 
 @dataclass(frozen=True)
 class Problem:

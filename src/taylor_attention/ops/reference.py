@@ -2,20 +2,24 @@
 
 For query i and key j with scaled score s_ij = scale * q_i . k_j:
 
-    w_ij = exp(sum of log decay over j < t <= i) * f(s_ij)   for visible keys, j <= i if causal
-    y_i  = sum_j w_ij v_j / sum_j w_ij                        zeros where no key is visible
+    e_ij = exp(s_ij)   if j is one of the last `window` visible keys up to i, or of the first `sinks` of all
+           f(s_ij)     else: a truncated series, or nothing at all
+    w_ij = e_ij * exp(sum of log decay over j < t <= i)       for visible keys, j <= i if causal
+    y_i  = sum_j w_ij v_j / sum_j w_ij                        zeros where no key has weight
 
-f is a truncated series (Taylor attention) or exp itself (softmax attention).
+Without window and sinks this is Taylor attention; with a window over all keys, softmax attention. A hidden token has no
+place in a window, and with a window or sinks none as a query either: its row is zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..core.series import EXP, Series
+from .problem import FULL_RESET
 
 
 def attention_reference(
@@ -23,18 +27,32 @@ def attention_reference(
     key: Tensor,
     value: Tensor,
     *,
-    degree: int,
+    degree: int | None,
     causal: bool = True,
     scale: float | None = None,
     series: Series | None = None,
+    window: int = 0,
+    sinks: int = 0,
     key_padding_mask: Tensor | None = None,
     log_decay: Tensor | None = None,
 ) -> Tensor:
-    """Taylor attention by its definition: [B, Hq, Tq, d], [B, Hkv, Tk, d], [B, Hkv, Tk, dv] -> [B, Hq, Tq, dv]."""
-    coefficients = (series or EXP).coefficients(degree)
-    return _attend(
-        query, key, value, lambda s, _: _truncated(s, coefficients), causal, scale, key_padding_mask, log_decay
-    )
+    """Attention by its definition: [B, Hq, Tq, d], [B, Hkv, Tk, d], [B, Hkv, Tk, dv] -> [B, Hq, Tq, dv].
+
+    With degree None only the keys that are weighed exactly count.
+    """
+    visible, shown = _shown(query, key, causal, key_padding_mask)
+    count = visible.cumsum(-1)
+    exact = (visible & (count <= sinks))[:, None, None].expand_as(shown)
+    if window:
+        exact = exact | (count[..., None] - count[:, None] < window)[:, None]
+    if window or sinks:
+        shown = shown & visible[:, None, :, None]
+    coefficients: Sequence[float] = ()
+    if degree is None:
+        shown = shown & exact
+    else:
+        coefficients = (series or EXP).coefficients(degree)
+    return _attend(query, key, value, coefficients, scale, visible, shown, exact, log_decay)
 
 
 def softmax_reference(
@@ -48,48 +66,50 @@ def softmax_reference(
     log_decay: Tensor | None = None,
 ) -> Tensor:
     """Exact softmax attention with the same arguments, for comparison."""
-    return _attend(query, key, value, _stable_exp, causal, scale, key_padding_mask, log_decay)
+    visible, shown = _shown(query, key, causal, key_padding_mask)
+    return _attend(query, key, value, (), scale, visible, shown, torch.ones_like(shown), log_decay)
 
 
-def _truncated(scores: Tensor, coefficients: Sequence[float]) -> Tensor:
-    return sum((c * scores**p for p, c in enumerate(coefficients)), torch.zeros_like(scores))
-
-
-def _stable_exp(scores: Tensor, shown: Tensor) -> Tensor:
-    if scores.shape[-1] == 0:
-        return scores
-    top = torch.where(shown, scores, -torch.inf).amax(-1, keepdim=True)
-    return torch.where(shown, scores - top, -torch.inf).exp()  # a factor per query, which the division removes
+def _shown(query: Tensor, key: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which keys are visible [B, Tk], and to which queries [B, 1, Tq, Tk]."""
+    visible = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if mask is None else mask
+    shown = visible[:, None, None].expand(-1, 1, query.shape[2], -1)
+    return visible, shown.tril() if causal else shown
 
 
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    function: Callable[[Tensor, Tensor], Tensor],
-    causal: bool,
+    coefficients: Sequence[float],
     scale: float | None,
-    visible: Tensor | None,
+    visible: Tensor,
+    shown: Tensor,
+    exact: Tensor,
     log_decay: Tensor | None,
 ) -> Tensor:
     q, k, v = query.double(), key.double(), value.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # clarity, not speed
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    shown = torch.ones(q.shape[0], 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-    if causal:
-        shown = shown.tril()
-    if visible is not None:
-        shown = shown & visible[:, None, None, :]
-    weights = function(scale * (q @ k.transpose(-1, -2)), shown)  # [B, Hq, Tq, Tk]
+    scores = scale * (q @ k.transpose(-1, -2))  # [B, Hq, Tq, Tk]
+    size = torch.where(exact, scores, 0)  # log of a weight, but for the factor f(s) of the keys that are not exact
     if log_decay is not None:
-        decay = log_decay.double().repeat_interleave(group, 1)
-        decay = (
-            decay if visible is None else decay.masked_fill(~visible[:, None], 0)
-        )  # hidden tokens do not fade others
-        later = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(-1)  # [t, j]: j < t
-        weights = weights * torch.where(later, decay[..., :, None], 0).cumsum(-2).exp()  # exact for -inf too
-    weights = torch.where(shown, weights, 0)
-    normaliser = weights.sum(-1, keepdim=True)
-    empty = ~shown.any(-1, keepdim=True)
-    return (weights @ v) / torch.where(empty, 1, normaliser)
+        size = size + _fading(log_decay.double(), visible).repeat_interleave(group, 1)
+    size = torch.where(shown, size, -torch.inf)
+    top = size.logsumexp(-1, keepdim=True).detach()  # a factor per query, which the division removes
+    empty = top == -torch.inf
+    weights = torch.where(exact, 1, _truncated(scores, coefficients)) * (size - top.masked_fill(empty, 0)).exp()
+    return (weights @ v) / torch.where(empty, 1, weights.sum(-1, keepdim=True))
+
+
+def _truncated(scores: Tensor, coefficients: Sequence[float]) -> Tensor:
+    return sum((c * scores**p for p, c in enumerate(coefficients)), torch.zeros_like(scores))
+
+
+def _fading(log_decay: Tensor, visible: Tensor) -> Tensor:
+    """Log decay from key j to query i, [B, Hkv, T, T]; summed anew for each key, which is exact for -inf too."""
+    gates = log_decay.masked_fill(~visible[:, None], 0)  # hidden tokens do not fade others
+    later = torch.ones(gates.shape[-1], gates.shape[-1], dtype=torch.bool, device=gates.device).tril(-1)  # [t, j]
+    fading = torch.where(later, gates[..., :, None], 0).cumsum(-2)
+    return fading.masked_fill(fading <= FULL_RESET, -torch.inf)  # forgotten, even where no other key is left

@@ -14,6 +14,7 @@ from ..core.series import EXP, Series
 from ..core.state import State
 from ..errors import expect
 from . import backends
+from .reading import READINGS
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,14 @@ class Optional(NamedTuple):
     log_decay: Tensor | None
 
 
-def check_inputs(query: Tensor, key: Tensor, value: Tensor, optional: Optional, degree: int, causal: bool) -> Shapes:
-    """Check everything about the tensors that needs no look at the data; the sizes found."""
+def check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, optional: Optional, causal: bool, *, near: bool = False
+) -> Shapes:
+    """Check everything about the tensors that needs no look at the data; the sizes found.
+
+    Args:
+        near: whether some tokens are attended to exactly.
+    """
     for name, x in {"query": query, "key": key, "value": value}.items():
         _expect_tensor(name, x, 4, "[B, H, T, d]")
         expect(x.is_floating_point(), name, "a floating-point tensor", x.dtype)
@@ -54,8 +61,8 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, optional: Optional, 
     _expect_same("value", value.shape[2], keys, "{} tokens as the key")
     if not (heads >= 1 and query.shape[1] % heads == 0 and query.shape[1] >= 1):
         expect(False, "query", f"a multiple of the {heads} key/value heads", query.shape[1])
-    expect(_is_int(degree) and degree >= 0, "degree", "an int >= 0", degree)
     expect(isinstance(causal, bool), "causal", "a bool", causal)
+    expect(causal or not near, "causal", "True with a window or sinks", causal)
     if causal or optional.cu_seqlens is not None:
         _expect_same("query", query.shape[2], keys, "{} tokens as the key (causal or packed)")
     _check_optional(optional, key, causal)
@@ -95,6 +102,14 @@ def check_choices(backend: str, chunk_size: int | None) -> None:
     expect(good, "chunk_size", "an int >= 1 or None", chunk_size)
 
 
+def check_reading(reading: str, series: Series | None, causal: bool) -> None:
+    """Check how far scores are to be read."""
+    expect(reading in READINGS, "reading", f"one of {READINGS}", repr(reading))
+    if reading == "fitted":
+        expect(series is None or series == EXP, "series", "exp with reading='fitted'", repr(series))
+        expect(causal, "causal", "True with reading='fitted'", causal)
+
+
 def check_scale(scale: float | None, head_dim: int) -> float:
     """The factor on q . k: the one given, or 1 / sqrt(head_dim)."""
     if scale is None:
@@ -111,7 +126,13 @@ def check_series(series: Series | None) -> Series:
 
 
 def check_state(
-    state: State, shapes: Shapes, degree: int, scale: float, in_place: tuple[Tensor | None, ...] = ()
+    state: State,
+    shapes: Shapes,
+    degree: int | None,
+    scale: float,
+    window: int,
+    sinks: int,
+    in_place: tuple[Tensor | None, ...] = (),
 ) -> None:
     """Refuse a state of another problem; for a change in place, also gradients."""
     expect(isinstance(state, State), "state", "a State", type(state))
@@ -121,6 +142,8 @@ def check_state(
         "head_dim": shapes.head_dim,
         "value_dim": shapes.value_dim,
         "degree": degree,
+        "window": window,
+        "sinks": sinks,
         "scale": scale,
         "dtype": shapes.sum_dtype,
         "device": shapes.device,

@@ -1,5 +1,6 @@
 // One token: append it to the tails of the states, read the moments once, attend to the tail. And folding the tail.
 #pragma once
+#include "exact.h"
 #include "sweep.h"
 
 namespace taylor {
@@ -92,14 +93,14 @@ inline double gate_of(const Gates& gates, Index batch, Index head) {
   return gate < gates.reset ? gates.reset : gate;
 }
 
-// The steps of some rows (batch x key/value heads), by one thread.
-template <class T> struct Decoding {
+// The steps of some rows (batch x key/value heads), by one thread; near: some tokens are exact.
+template <class T, bool near> struct Decoding {
   static constexpr Index L = kLanes<T>;
 
   explicit Decoding(const Step& s)
-      : s(s), layout(*s.layout), d(layout.head_dim), stride(round_up(layout.features, 16) + L),
-        together(whole_groups((Index(1) << 17) / (stride * Index(sizeof(T))), s.group)), q(together * d), features(together * stride),
-        near(s.width), totals(s.group * s.columns * L) {}
+      : s(s), layout(*s.layout), far(!near || s.width > 0), d(layout.head_dim),
+        stride(round_up(layout.features, 16) + L), together(whole_groups((Index(1) << 17) / (stride * Index(sizeof(T))), s.group)),
+        q(together * d), features(together * stride), weights(s.width), totals(s.group * s.columns * L), exact(s) {}
 
   // Heads answered together: whole groups, or else parts of one, so that no result depends on how rows are shared out.
   static Index whole_groups(Index heads, Index group) {
@@ -111,15 +112,14 @@ template <class T> struct Decoding {
   T* tail_keys(Index row) const { return static_cast<T*>(s.tail_key) + row * d * s.width; }
   T* tail_values(Index row) const { return static_cast<T*>(s.tail_value) + row * s.columns * s.width; }
 
-  // Put the token into the tail of a row.
+  // Put the token into the tail of a row, or among the exact ones, of which the oldest then goes there.
   void append(Index row) const {
     const Index batch = row / s.heads, head = row % s.heads;
     const bool visible = is_visible(s, batch);
-    const T *key = tokens_of<T>(s.key, batch, head, 0), *value = tokens_of<T>(s.value, batch, head, 0);
     T *keys = tail_keys(row) + s.position, *values = tail_values(row);
-    T broken = 0;  // NaN if anything is not finite: then the whole row of values is
-    for (Index c = 0; c < d; ++c) broken += key[c] * 0;
-    for (Index e = 0; e + 1 < s.columns; ++e) broken += value[e] * 0;
+    Token<T> token = {tokens_of<T>(s.key, batch, head, 0), tokens_of<T>(s.value, batch, head, 0), 0};
+    for (Index c = 0; c < d; ++c) token.broken += token.key[c] * 0;
+    for (Index e = 0; e + 1 < s.columns; ++e) token.broken += token.value[e] * 0;
     if (s.gates.data && visible) {
       const double gate = gate_of(s.gates, batch, head);
       s.log_decay[row] += gate;
@@ -128,9 +128,29 @@ template <class T> struct Decoding {
       for (Index e = 0; e < s.columns; ++e)
         for (Index t = 0; t < s.position; ++t) values[e * s.width + t] *= factor;
     }
-    for (Index c = 0; c < d; ++c) keys[c * s.width] = visible ? key[c] : 0;
-    for (Index e = 0; e < s.columns; ++e)
-      values[e * s.width + s.position] = visible ? (e + 1 < s.columns ? value[e] : 1) + broken : 0;
+    const Slot<T> end = {keys, values + s.position, s.width};
+    if constexpr (near) append_near(row, token, visible, end);
+    else write(token, visible, d, s.columns, end);
+  }
+
+  // The n-th visible token (from 0) is a sink, or in slot (n - sinks) % window, from where another leaves for the tail.
+  void append_near(Index row, const Token<T>& token, bool visible, const Slot<T>& end) const {
+    const Index n = s.tokens[row / s.heads], at = n - s.near.sinks;
+    const bool comes = visible && at >= 0;
+    const double now = s.log_decay[row];
+    if (visible && at < 0) {
+      write(token, true, d, s.columns, exact.in_sinks(row, n));
+      s.near.sink_log_decay[row * s.near.sinks + n] = now;
+    }
+    if (!comes || s.near.window == 0) {
+      if (far) write(token, comes, d, s.columns, end);
+      return;
+    }
+    const Slot<T> slot = exact.in_ring(row, at % s.near.window);
+    double& then = s.near.log_decay[row * s.near.window + at % s.near.window];
+    if (far) copy(slot, T(exp(now - then)), d, s.columns, end);
+    write(token, true, d, s.columns, slot);
+    then = now;
   }
 
   // Answer query heads first..last, counted over all rows; returns how many normalisers are unsafe.
@@ -144,9 +164,18 @@ template <class T> struct Decoding {
     Index unsafe = 0;
     for (Index i = first; i < last;) {
       const Index row = i / s.group, stop = (row + 1) * s.group < last ? (row + 1) * s.group : last;
+      if (near && !is_visible(s, row / s.heads)) {  // the rows of hidden tokens are zeros
+        fill(static_cast<T*>(s.out) + i * (s.columns - 1), (stop - i) * (s.columns - 1), T(0));
+        i = stop;
+        continue;
+      }
       if (row + 1 < s.batch * s.heads) prefetch(row + 1);
       read(row, i - first, stop - i);
-      for (Index member = 0; i < stop; ++i, ++member) unsafe += finish(row, i, i - first, totals + member * s.columns * L);
+      if constexpr (near) exact.load_row(row, s.log_decay[row]);
+      for (Index member = 0; i < stop; ++i, ++member) {
+        T* total = totals + member * s.columns * L;
+        unsafe += near ? finish_near(row, i, i - first, total) : finish(row, i, i - first, total);
+      }
     }
     return unsafe;
   }
@@ -172,8 +201,7 @@ template <class T> struct Decoding {
     }
   }
 
-  // Add the tail, divide, write; whether the normaliser is unsafe.
-  bool finish(Index row, Index query_head, Index at, T* total) {
+  INLINE void add_tail(Index row, Index at, T* total) {
     const Index length = s.position + 1;
     const T *keys = tail_keys(row), *values = tail_values(row), *x = q + at * d;
     const T* coefficients = static_cast<const T*>(s.coefficients);
@@ -186,10 +214,14 @@ template <class T> struct Decoding {
       for (Index c = 0; c < d; ++c) score += x[c] * load(keys + c * s.width + t);
       Vector<T> weight = broadcast(coefficients[layout.degree]);
       for (Index p = layout.degree - 1; p >= 0; --p) weight = weight * score + coefficients[p];
-      store(near + t, weight);
+      store(weights + t, weight);
     }
-    add_dots<T>(values, s.width, s.columns, near, length, total);
-    T* out = static_cast<T*>(s.out) + query_head * (s.columns - 1);
+    add_dots<T>(values, s.width, s.columns, weights, length, total);
+  }
+
+  // Add the tail, divide, write; whether the normaliser is unsafe.
+  bool finish(Index row, Index query_head, Index at, T* total) {
+    add_tail(row, at, total);
     const T z = sum<T>(load(total + (s.columns - 1) * L));
     bool empty = z == 0, bad = false;
     if (s.safe >= 0) {
@@ -197,11 +229,43 @@ template <class T> struct Decoding {
       empty = seen == 0;
       bad = !(z > T(s.safe) * seen) && !empty;
     }
+    write_out(query_head, total, z, empty, bad);
+    return bad;
+  }
+
+  // The same with the exact tokens too.
+  bool finish_near(Index row, Index query_head, Index at, T* total) {
+    if (far) add_tail(row, at, total);
+    T *last = total + (s.columns - 1) * L, top = exact.compare(row, q + at * d), factor = 1;
+    const bool spoilt = top == -T(INFINITY) && exact.any();  // a query that is not finite makes NaN of its row
+    if (fabs(top) < Exponential<T>::highest / 2) {
+      top = 0;  // no weight will overflow, nor will all of them vanish
+    } else {
+      const T read = sum<T>(load(last)), log_read = read > 0 ? T(log(read)) : T(-INFINITY);
+      top = log_read > top ? log_read : top > -INFINITY ? top : 0;
+      factor = exponential<T>(broadcast(-top))[0];
+      for (Index i = 0; i < s.columns * L; ++i) total[i] *= factor;
+    }
+    const T weight = exact.weigh(top);
+    add_dots<T>(exact.ring_values(row), s.near.window, s.columns, exact.weights, s.near.window, total);
+    add_dots<T>(exact.sink_values(row), s.near.sinks, s.columns, exact.weights + s.near.window, s.near.sinks, total);
+    const T z = spoilt ? T(NAN) : sum<T>(load(last));
+    bool empty = z == 0, bad = false;
+    if (s.safe >= 0 && !spoilt) {
+      const T seen = visible_weight(row);
+      empty = seen == 0 && !exact.any();
+      bad = !(z > T(s.safe) * seen * factor + T(s.near.safe) * weight) && !empty;
+    }
+    write_out(query_head, total, z, empty, bad);
+    return bad;
+  }
+
+  INLINE void write_out(Index query_head, const T* total, T z, bool empty, bool bad) const {
+    T* out = static_cast<T*>(s.out) + query_head * (s.columns - 1);
     for (Index e = 0; e + 1 < s.columns; ++e) {
       const T n = sum<T>(load(total + e * L));
       out[e] = bad ? T(NAN) : empty ? n : n / z;
     }
-    return bad;
   }
 
   // What the visible keys of a row would give at score zero.
@@ -217,17 +281,19 @@ template <class T> struct Decoding {
 
   const Step& s;
   const Layout& layout;
+  const bool far;  // whether there are moments with their tail
   const Index d, stride, together;
-  Buffer<T> q, features, near, totals;
+  Buffer<T> q, features, weights, totals;
+  Exact<T> exact;
 };
 
-template <class T> Index decode_rows(const Step& s) {
+template <class T, bool near> Index decode_rows(const Step& s) {
   for (Index i = 0; s.gates.data && i < s.batch * s.heads; ++i)
     if (!(gate_of(s.gates, i / s.heads, i % s.heads) <= 0)) return -1;  // before anything is changed
   const Index rows = s.batch * s.heads, parts = s.threads > 1 && rows > s.threads ? 4 * s.threads : s.threads;
   Index unsafe = 0;
   run_tasks(parts, s.threads, [&](Index part) {
-    Decoding<T> decoding(s);
+    Decoding<T, near> decoding(s);
     const Index begin = rows * part / parts, end = rows * (part + 1) / parts;
     for (Index row = begin; row < end; ++row) decoding.append(row);
     Index found = 0;
@@ -241,6 +307,10 @@ template <class T> Index decode_rows(const Step& s) {
   });
   for (Index b = 0; b < s.batch; ++b) s.tokens[b] += is_visible(s, b);
   return unsafe;
+}
+
+template <class T> Index decode_rows(const Step& s) {
+  return s.near.window + s.near.sinks > 0 ? decode_rows<T, true>(s) : decode_rows<T, false>(s);
 }
 
 template <class T> void fold_rows(const Fold& f) {

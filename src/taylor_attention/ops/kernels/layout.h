@@ -22,7 +22,7 @@ inline Index monomials(Index head_dim, Index degree) {  // C(head_dim + degree -
 
 inline std::unique_ptr<OwnedLayout> make_layout(Index head_dim, Index degree) {
   auto owned = std::make_unique<OwnedLayout>();
-  Index end = degree > 0 ? 1 + head_dim : 1;  // of the degree below
+  Index end = degree > 0 ? 1 + head_dim : degree == 0;  // of the degree below; degree -1: no monomials
   Index lower = end, dropped = 0;             // rows of the highest degree that are not formed
   for (Index p = 2; p <= degree; ++p) {
     Index start = end;

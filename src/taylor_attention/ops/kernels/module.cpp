@@ -91,6 +91,7 @@ class Numbers {
     const Index head_dim = integer(), degree = integer();
     return layout_of(head_dim, degree);
   }
+  bool more() const { return at_ < count_; }
   bool complete() {
     if (at_ != count_ && !PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "expected %zd numbers, got %zd", at_, count_);
     return !PyErr_Occurred();
@@ -153,6 +154,15 @@ PyObject* backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+NearSlots read_near_slots(Numbers& numbers) {
+  NearSlots near = {};
+  near.window = numbers.integer(), near.sinks = numbers.integer(), near.safe = numbers.real();
+  near.key = numbers.pointer<void>(), near.value = numbers.pointer<void>(), near.log_decay = numbers.pointer<double>();
+  near.sink_key = numbers.pointer<void>(), near.sink_value = numbers.pointer<void>();
+  near.sink_log_decay = numbers.pointer<double>();
+  return near;
+}
+
 PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Numbers numbers(items, count);
   const bool is_double = numbers.integer();
@@ -173,6 +183,7 @@ PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
   s.tail_key = numbers.pointer<void>(), s.tail_value = numbers.pointer<void>();
   s.log_decay = numbers.pointer<double>(), s.tail_log_decay = numbers.pointer<double>();
   s.tokens = numbers.pointer<std::int64_t>(), s.out = numbers.pointer<void>();
+  if (numbers.more()) s.near = read_near_slots(numbers);
   Index unsafe = 0;
   if (!numbers.complete() || !run([&] { unsafe = kernels->decode(s, is_double); })) return nullptr;
   return PyLong_FromSsize_t(unsafe);
@@ -189,6 +200,38 @@ PyObject* fold(PyObject*, PyObject* const* items, Py_ssize_t count) {
   f.tail_key = numbers.pointer<const void>(), f.tail_value = numbers.pointer<const void>();
   f.tail_log_decay = numbers.pointer<const double>();
   if (!numbers.complete() || !run([&] { kernels->fold(f, is_double); })) return nullptr;
+  Py_RETURN_NONE;
+}
+
+NearProblem read_near(Numbers& numbers) {
+  NearProblem p = {};
+  for (Index* x : {&p.batch, &p.heads, &p.group, &p.queries, &p.keys, &p.sinks, &p.head_dim, &p.columns, &p.window,
+                   &p.part, &p.threads})
+    *x = numbers.integer();
+  for (Strided* x : {&p.query, &p.key, &p.value, &p.sink_key, &p.sink_value}) *x = numbers.strided();
+  p.visible = numbers.pointer<const std::uint8_t>(), p.log_decay = numbers.pointer<const double>();
+  p.sink_from = numbers.pointer<const std::int64_t>(), p.sink_log_decay = numbers.pointer<const double>();
+  p.total = numbers.pointer<const double>(), p.far = numbers.pointer<const void>();
+  p.out = numbers.pointer<void>(), p.top = numbers.pointer<void>();
+  return p;
+}
+
+PyObject* near_forward(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Numbers numbers(items, count);
+  const bool is_double = numbers.integer();
+  const NearProblem p = read_near(numbers);
+  if (!numbers.complete() || !run([&] { kernels->near_forward(p, is_double); })) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* near_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Numbers numbers(items, count);
+  const bool is_double = numbers.integer();
+  NearProblem p = read_near(numbers);
+  p.grad = numbers.pointer<const void>(), p.query_grad = numbers.pointer<void>();
+  p.key_grad = numbers.pointer<void>(), p.column_grad = numbers.pointer<void>();
+  p.sink_key_grad = numbers.pointer<void>(), p.sink_column_grad = numbers.pointer<void>();
+  if (!numbers.complete() || !run([&] { kernels->near_backward(p, is_double); })) return nullptr;
   Py_RETURN_NONE;
 }
 
@@ -225,6 +268,8 @@ PyMethodDef methods[] = {
     {"backward", as_method(backward), METH_FASTCALL, "Gradients of `forward`."},
     {"decode", as_method(decode), METH_FASTCALL, "Append one token and attend; the number of unsafe normalisers."},
     {"fold", as_method(fold), METH_FASTCALL, "Add the tails of states to their moments."},
+    {"near_forward", as_method(near_forward), METH_FASTCALL, "Exact attention to a window and to sinks."},
+    {"near_backward", as_method(near_backward), METH_FASTCALL, "Gradients of `near_forward`."},
     {"targets", list_targets, METH_NOARGS, "Instruction sets that this machine has, best first."},
     {"use", use_target, METH_O, "Use the kernels for one of `targets()`; the best one is used without this."},
     {nullptr, nullptr, 0, nullptr},

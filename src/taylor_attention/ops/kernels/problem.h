@@ -67,10 +67,20 @@ struct Gates {
   double reset;
 };
 
+// What states keep of the tokens that are attended to exactly, tokens last; window and sinks both 0: nothing.
+struct NearSlots {
+  Index window, sinks;
+  double safe;                  // as Step::safe, of the weights of these tokens
+  void *key, *value;            // a ring: [rows, d, window], [rows, E, window]
+  double* log_decay;            // [rows, window]: since the start, when the token had come
+  void *sink_key, *sink_value;  // [rows, d, sinks], [rows, E, sinks]
+  double* sink_log_decay;       // [rows, sinks]
+};
+
 // One token appended to states and attended from them.
 struct Step {
   const Layout* layout;
-  Index batch, heads, group, columns, width, position;  // tail: capacity, slot of the new token
+  Index batch, heads, group, columns, width, position;  // tail: capacity (0: no moments either), slot of the new token
   Index threads;
   double scale, safe;                  // safe: normalisers below safe x visible keys give NaN; negative: no check
   Strided query, key, value;           // one token each
@@ -81,6 +91,7 @@ struct Step {
   void *tail_key, *tail_value;         // [rows, d, width], [rows, E, width]
   double *log_decay, *tail_log_decay;  // [rows]
   std::int64_t* tokens;                // [batch]
+  NearSlots near;
   void* out;                           // [batch, heads x group, value_dim]
 };
 
@@ -93,12 +104,34 @@ struct Fold {
   const double* tail_log_decay;
 };
 
+// Exact attention of whole sequences to a window of the latest keys and to sinks, forward or backward.
+struct NearProblem {
+  Index batch, heads, group, queries, keys, sinks, head_dim, columns;
+  Index window;                   // <= keys
+  Index part;                     // queries whose shares of the sinks' gradients are summed together
+  Index threads;
+  Strided query, key, value, sink_key, sink_value;
+  const std::uint8_t* visible;    // [rows, keys] or null
+  const double* log_decay;        // [rows, keys] or null; 0 for hidden keys
+  const std::int64_t* sink_from;  // [rows, sinks]: the first query that sees it
+  const double* sink_log_decay;   // [rows, sinks]: up to before the first key
+  const double* total;            // [rows, keys]: running sum of log_decay; null without decay or sinks
+  const void* far;                // [batch, heads x group, queries, E] or null
+  void *out, *top;                // like far; [batch, heads x group, queries]
+  // Backward only:
+  const void* grad;                          // like out
+  void *query_grad, *key_grad, *column_grad;  // contiguous; column: of [value, 1]
+  void *sink_key_grad, *sink_column_grad;    // [rows, parts, sinks, d], [rows, parts, sinks, E]
+};
+
 // What one instruction set offers.
 struct Kernels {
   void (*forward)(const Problem&, bool is_double);
   void (*backward)(const Problem&, bool is_double);
   Index (*decode)(const Step&, bool is_double);  // number of unsafe normalisers; -1: a gate is not <= 0
   void (*fold)(const Fold&, bool is_double);
+  void (*near_forward)(const NearProblem&, bool is_double);
+  void (*near_backward)(const NearProblem&, bool is_double);
 };
 
 // Runs body(data) on several threads of PyTorch's own pool (module.cpp).

@@ -1,0 +1,51 @@
+// The exponential function of a vector, without a call.
+#pragma once
+#include "simd.h"
+
+namespace taylor {
+namespace TARGET {
+
+// A log decay below this is no weight at all, even where there is no other: exp of it is 0 in float64.
+constexpr double kForgotten = -745;
+
+// exp(x) = 2^n exp(r) with n = round(x / log 2), |r| <= log(2) / 2 and the Taylor series of the degree that one rounding
+// needs. Adding `shift` to n leaves n + the exponent's bias in the last bits of the sum, one move away from 2^n. log 2
+// comes in two parts, the first so short that n times it is exact. From `lowest` to `highest` exp(x) is a normal number.
+template <class T> struct Exponential;
+template <> struct Exponential<float> {
+  typedef std::uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+  static constexpr int mantissa = 23, degree = 7;
+  static constexpr float shift = 12582912.0f + 127.0f, log2 = 0.693359375f, log2_rest = -2.12194440e-4f;
+  static constexpr float lowest = -87.33f, highest = 88.0f;
+};
+template <> struct Exponential<double> {
+  typedef std::uint64_t Bits __attribute__((vector_size(VECTOR_BYTES)));
+  static constexpr int mantissa = 52, degree = 13;
+  static constexpr double shift = 6755399441055744.0 + 1023.0, log2 = 6.93145751953125e-1, log2_rest = 1.42860682030941723e-6;
+  static constexpr double lowest = -708.39, highest = 709.0;
+};
+
+constexpr double kInverseFactorials[] = {1.0,           1.0,            1.0 / 2,         1.0 / 6,         1.0 / 24,
+                                         1.0 / 120,     1.0 / 720,      1.0 / 5040,      1.0 / 40320,     1.0 / 362880,
+                                         1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+
+template <class T> INLINE Vector<T> maximum(Vector<T> a, Vector<T> b) { return a > b ? a : b; }  // b where a is NaN
+template <class T> INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) { return a < b ? a : b; }
+
+// To about one unit in the last place. 0 below `lowest`; above `highest` as there, so that nothing times it is still
+// nothing. NaN stays NaN.
+template <class T> INLINE Vector<T> exponential(Vector<T> x) {
+  using Of = Exponential<T>;
+  using Bits = typename Of::Bits;
+  x = minimum<T>(broadcast(Of::highest), x);
+  const Vector<T> shifted = x * T(1.4426950408889634074) + Of::shift, n = shifted - Of::shift;
+  const Vector<T> r = (x - n * Of::log2) - n * Of::log2_rest;
+  Vector<T> y = broadcast(T(kInverseFactorials[Of::degree]));
+#pragma GCC unroll 16
+  for (int p = Of::degree - 1; p >= 0; --p) y = y * r + T(kInverseFactorials[p]);
+  const Vector<T> power = reinterpret_cast<Vector<T>>(reinterpret_cast<Bits>(shifted) << Of::mantissa);
+  return x < Of::lowest ? Vector<T>{} : y * power;
+}
+
+}  // namespace TARGET
+}  // namespace taylor
