@@ -21,7 +21,7 @@ from taylor_attention.ops.reference import attention_reference
 class Problem:
     """One call of attention. `along` holds what is cut together with the tokens: key_padding_mask and log_decay.
 
-    `options` holds the rest: causal, scale, series, window, sinks.
+    `options` holds the rest: causal, scale, series, window, sinks, reading.
     """
 
     query: Tensor
@@ -48,7 +48,7 @@ class Problem:
         return attention_reference(*self.arguments, degree=self.degree, **self.options, **self.along)
 
     def decode_(self, state: ta.State, **more: Any) -> Tensor:
-        return ta.decode_(*self.arguments, state, **self._given("scale", "series"), **self.along, **more)
+        return ta.decode_(*self.arguments, state, **self._given("scale", "series", "reading"), **self.along, **more)
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:

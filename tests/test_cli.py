@@ -196,12 +196,12 @@ def test_plan_as_json_is_the_librarys_plan():
 
 
 def test_plan_counts_near_tokens_and_knows_states_without_a_far_part():
-    near = ["--window", "64", "--sinks", "4"]
+    near = ["--window", "64", "--sinks", "4", "--heavy", "8"]
     shown = json.loads(ok(*PLAN, *near, "--degree", "none", "--json").stdout)
-    made = plan(heads=32, kv_heads=8, head_dim=64, degree=None, layers=24, context=10**6, window=64, sinks=4)
+    made = plan(heads=32, kv_heads=8, head_dim=64, degree=None, layers=24, context=10**6, window=64, sinks=4, heavy=8)
     assert {name: shown[name] for name in made.to_dict()} == made.to_dict()
     assert shown["negative_intervals"] == []
-    assert "degree 2, window 64, sinks 4; one sequence" in ok(*PLAN, *near).stdout
+    assert "degree 2, window 64, sinks 4, heavy 8; one sequence" in ok(*PLAN, *near).stdout
 
 
 def test_plan_of_a_dtype_that_states_do_not_have_still_counts():

@@ -18,14 +18,14 @@ SECOND = Result(Case("prefill", 16, 2, 1024), {"taylor": Outcome(skipped="too la
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    journal = Journal(tmp_path / "results.jsonl", SETTINGS, resume=False)
+    journal = Journal(tmp_path / "results.jsonl", SETTINGS, Result.from_dict, resume=False)
     journal.append(FIRST)
     journal.append(SECOND)
     return journal.path
 
 
 def test_what_was_written_is_found_again(path: Path):
-    journal = Journal(path, SETTINGS, resume=True)
+    journal = Journal(path, SETTINGS, Result.from_dict, resume=True)
     assert journal.results == [FIRST, SECOND]
     assert journal.find(FIRST.case) == FIRST
     assert journal.find(replace(FIRST.case, length=2048)) is None
@@ -33,28 +33,28 @@ def test_what_was_written_is_found_again(path: Path):
 
 def test_other_settings_are_kept_but_not_used(path: Path):
     before = path.read_text()
-    journal = Journal(path, replace(SETTINGS, threads=7), resume=True)
+    journal = Journal(path, replace(SETTINGS, threads=7), Result.from_dict, resume=True)
     assert journal.results == []
     journal.append(SECOND)
     assert path.read_text().startswith(before)
-    assert Journal(path, SETTINGS, resume=True).results == [FIRST, SECOND]
+    assert Journal(path, SETTINGS, Result.from_dict, resume=True).results == [FIRST, SECOND]
 
 
 def test_without_resume_a_file_begins_anew(path: Path):
-    assert Journal(path, SETTINGS, resume=False).results == []
+    assert Journal(path, SETTINGS, Result.from_dict, resume=False).results == []
     assert path.read_text() == ""
 
 
 def test_there_need_be_no_file_to_resume(tmp_path: Path):
-    assert Journal(tmp_path / "new.jsonl", SETTINGS, resume=True).results == []
+    assert Journal(tmp_path / "new.jsonl", SETTINGS, Result.from_dict, resume=True).results == []
 
 
 def test_a_line_that_was_cut_off_is_measured_again(path: Path):
     path.write_text(path.read_text()[:-20])
-    journal = Journal(path, SETTINGS, resume=True)
+    journal = Journal(path, SETTINGS, Result.from_dict, resume=True)
     assert journal.results == [FIRST]
     journal.append(SECOND)
-    assert Journal(path, SETTINGS, resume=True).results == [FIRST, SECOND]
+    assert Journal(path, SETTINGS, Result.from_dict, resume=True).results == [FIRST, SECOND]
 
 
 @pytest.mark.parametrize("line", ["no json", "[1]", '{"a": 1}', '{"settings": %s}', '{"settings": %s, "outcomes": 3}'])
@@ -62,17 +62,17 @@ def test_a_file_of_something_else_is_refused(path: Path, line: str):
     settings = path.read_text().split('"settings": ')[1].split("}")[0] + "}"
     path.write_text(path.read_text() + line.replace("%s", settings) + "\n")
     with pytest.raises(StorageError, match=r"results.jsonl: line 3 is no result of a benchmark"):
-        Journal(path, SETTINGS, resume=True)
+        Journal(path, SETTINGS, Result.from_dict, resume=True)
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):
     (tmp_path / "results.jsonl").write_bytes(b"\xff\xfe\n")
     with pytest.raises(StorageError, match="cannot be read"):
-        Journal(tmp_path / "results.jsonl", SETTINGS, resume=True)
+        Journal(tmp_path / "results.jsonl", SETTINGS, Result.from_dict, resume=True)
 
 
 def test_a_file_that_cannot_be_written_is_one_clear_line(path: Path):
-    journal = Journal(path, SETTINGS, resume=True)
+    journal = Journal(path, SETTINGS, Result.from_dict, resume=True)
     path.unlink()
     path.mkdir()
     with pytest.raises(StorageError, match="cannot be written"):

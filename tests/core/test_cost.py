@@ -55,7 +55,7 @@ def test_grouped_heads_update_once_per_kv_head_and_read_once_per_query_head(
     assert total == kv_heads * update + kv_heads * group * read
 
 
-NEAR = {"window": 100, "sinks": 4}
+NEAR = {"window": 60, "sinks": 4, "heavy": 40}
 
 
 def test_near_tokens_cost_what_cached_ones_do():
@@ -75,7 +75,7 @@ def test_near_tokens_cost_what_cached_ones_do():
 def test_a_plan_counts_near_tokens():
     shape = {"heads": 4, "head_dim": 8, "context": 1000, "layers": 3}
     made, plain = cost.plan(degree=2, **shape, **NEAR), cost.plan(degree=2, **shape)
-    assert (made.window, made.sinks) == (100, 4)
+    assert (made.window, made.sinks, made.heavy) == (60, 4, 40)
     assert made.state_elements - plain.state_elements == 3 * 4 * 104 * 16
     assert made.flops_per_token - plain.flops_per_token == plain.cache_flops_per_token * 104 // 1000
     assert cost.plan(degree=None, radius=1.0, **shape, **NEAR).error_bound is None
@@ -88,6 +88,7 @@ def test_a_plan_counts_near_tokens():
         (2, {"window": -1}, "window: expected an int >= 0, got -1"),
         (2, {"sinks": 1.5}, "sinks: expected an int >= 0, got 1.5"),
         (2, {"window": True}, "window: expected an int >= 0, got True"),
+        (2, {"heavy": 3}, "heavy: expected 0 without a window, in which a token shows its weight, got 3"),
     ],
 )
 def test_what_is_no_choice_of_near_tokens_is_refused(degree, near, message):
@@ -163,6 +164,7 @@ def test_plan_of_a_model_adds_up():
         degree=2,
         window=0,
         sinks=0,
+        heavy=0,
         context=1000,
         dtype="float32",
         cache_dtype="bfloat16",

@@ -33,6 +33,7 @@ class Near:
     sink_key: Tensor | None
     sink_value: Tensor | None
     sink_from: Tensor | None
+    sink_until: Tensor | None
     sink_log_decay: Tensor | None
     window: int
 
@@ -76,6 +77,7 @@ def make(
     mask=False,
     decay=None,
     sinks=0,
+    ending=False,
     size=1.0,
     seed=0,
 ):
@@ -102,12 +104,15 @@ def make(
         columns[..., -1] = {"positive": columns[..., -1].abs() + 0.1, "zero": 0.0, "any": columns[..., -1]}[far]
         columns = columns * 0 if far == "zero" else columns
         columns[..., : tokens // 4, :] = 0  # queries without a far key
-    some = {"sink_key": None, "sink_value": None, "sink_from": None, "sink_log_decay": None}
+    some = {"sink_key": None, "sink_value": None, "sink_from": None, "sink_until": None, "sink_log_decay": None}
     if sinks:
         some["sink_key"] = normal(batch, kv_heads, sinks, head_dim)
         some["sink_value"] = normal(batch, kv_heads, sinks, value_dim)
         starts = torch.tensor([-1, NEVER, tokens // 2, 0, max(tokens - 1, 0)])
-        some["sink_from"] = starts[(torch.arange(sinks) + torch.arange(batch)[:, None]) % 5]
+        place = torch.arange(sinks) + torch.arange(batch)[:, None, None] + torch.arange(kv_heads)[:, None]
+        some["sink_from"] = starts[place % 5]  # [B, Hkv, X]
+        if ending:
+            some["sink_until"] = some["sink_from"] + torch.tensor([NEVER, 1, tokens // 3, 0])[place % 4]
         some["sink_log_decay"] = -torch.rand(batch, kv_heads, sinks, generator=generator, dtype=torch.float64)
     return Near(
         size * normal(batch, heads, tokens, head_dim) * head_dim**-0.5,
@@ -141,13 +146,17 @@ def attend_by_definition(near):
         key = torch.cat([key, near.sink_key], 2)
         ones = near.sink_value.new_ones(batch, heads, count, 1)
         columns = torch.cat([columns, torch.cat([near.sink_value, ones], -1)], 2)
-        seen = torch.cat([seen, (near.sink_from[:, None] <= query[:, None])[:, None]], -1)
+        shown = near.sink_from[:, :, None] <= query[:, None]  # [B, Hkv, T, X]
+        if near.sink_until is not None:
+            shown = shown & (near.sink_until[:, :, None] > query[:, None])
+        seen = torch.cat([seen.expand(-1, heads, -1, -1), shown], -1)
         sinking = near.key.new_zeros(batch, heads, tokens, count)
         if near.log_decay is not None:
             sinking = near.log_decay.cumsum(-1)[..., keys - tokens :, None] + near.sink_log_decay[:, :, None]
         fading = torch.cat([fading, sinking], -1)
     fading = fading.masked_fill(fading < -745, -torch.inf)  # as a reset by -inf
     key, columns, fading = (x.repeat_interleave(group, 1) for x in (key, columns, fading))
+    seen = seen.expand(-1, heads, -1, -1).repeat_interleave(group, 1)
     scores = (near.query @ key.mT + fading).masked_fill(~seen, -torch.inf)
     top = torch.cat([scores, scores.new_full((*scores.shape[:3], 1), -torch.inf)], -1).amax(-1)
     far = torch.zeros_like(near.query[..., :1]) if near.far is None else near.far
@@ -241,6 +250,7 @@ MODES = {
     "no window": {"far": "positive", "decay": "soft", "sinks": 4, "window": 0},
     "long": {"far": "positive", "decay": "soft", "mask": True, "sinks": 4},  # resets add up to sums that are less exact
     "many sinks": {"sinks": 330, "window": 3, "tokens": 20},
+    "sinks that end": {"sinks": 9, "ending": True, "decay": "soft", "heads": 4, "kv_heads": 2, "batch": 2},
 }
 
 
@@ -355,7 +365,7 @@ def test_a_key_that_is_not_finite_reaches_those_who_see_it_and_no_others(backend
 def test_a_sink_that_is_not_finite_reaches_those_who_see_it_and_no_others(backend):
     near = make(sinks=3)
     broken = near.sink_key.clone()
-    broken[0, 1, 1:] = torch.nan  # the second is never there, the third from the middle on
+    broken[0, 1, :2] = torch.nan  # in this head the first is never there, the second from the middle on
     out, _ = replace(near, sink_key=broken).attend(backend)
     expected = near.attend(backend)[0].clone()
     expected[0, 1, 18:] = torch.nan

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from ..core.storage import write_text
 from ..errors import StorageError
-from .cases import Case, Result, Settings
 
 
-class Journal:
+class Finished(Protocol):
+    """A finished case of any benchmark."""
+
+    @property
+    def case(self) -> Any:
+        """What was measured."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+
+
+R = TypeVar("R", bound=Finished)
+
+
+class Journal(Generic[R]):
     """The results of a run, in memory and in a file.
 
     Attributes:
         results: of the cases measured under these settings, in order.
     """
 
-    def __init__(self, path: Path, settings: Settings, *, resume: bool) -> None:
+    def __init__(self, path: Path, settings: Any, read: Callable[[dict[str, Any]], R], *, resume: bool) -> None:
         """Begin a file, or go on with one: its results of the same settings count as measured.
+
+        Args:
+            settings: a dataclass that goes into JSON.
+            read: the inverse of a result's `to_dict`; KeyError, TypeError or AttributeError for what is none.
 
         Raises:
             StorageError: the file cannot be written, or is none of ours.
@@ -28,14 +46,15 @@ class Journal:
         self.path, self.settings = path, json.loads(json.dumps(asdict(settings)))
         kept = _whole_lines(path) if resume else []
         found = [(number, _parse(path, number, line)) for number, line in enumerate(kept, start=1)]
-        self.results = [_read(path, number, fields) for number, fields in found if fields["settings"] == self.settings]
+        own = [(number, fields) for number, fields in found if fields["settings"] == self.settings]
+        self.results = [_read(read, path, number, fields) for number, fields in own]
         write_text(path, "".join(kept))
 
-    def find(self, case: Case) -> Result | None:
+    def find(self, case: Any) -> R | None:
         """What is known of a case; None if it is still to be measured."""
         return next((result for result in self.results if result.case == case), None)
 
-    def append(self, result: Result) -> None:
+    def append(self, result: R) -> None:
         """Keep a result, in the file first.
 
         Raises:
@@ -71,9 +90,9 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     return fields
 
 
-def _read(path: Path, number: int, fields: dict[str, Any]) -> Result:
+def _read(read: Callable[[dict[str, Any]], R], path: Path, number: int, fields: dict[str, Any]) -> R:
     try:
-        return Result.from_dict(fields)
+        return read(fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise _foreign(path, number) from error
 

@@ -13,6 +13,7 @@ from .bench import bench
 from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
+from .needles import needles
 from .plan import plan
 from .train import train
 
@@ -50,5 +51,5 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (plan, bench, train, generate, evaluate, demo):
+for command in (plan, bench, needles, train, generate, evaluate, demo):
     app.add_command(command)

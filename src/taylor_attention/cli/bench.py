@@ -100,7 +100,7 @@ def bench(only: tuple[str, ...], folder: str, resume: bool, quick: bool, as_json
 
     Then a generate step of the shipped model and of its softmax twin, and what part of it is attention. Every result is
     checked before it is timed, those of attention against float64. Ends with tables, a line of JSON, and
-    OUT/{results.jsonl, *.png}; about 15 minutes on two cores, or --quick.
+    OUT/{results.jsonl, *.png}; about 25 minutes on two cores, or --quick.
     """
     defaults = QUICK if quick else FULL
     asked = {name: defaults.get(name, value) if value in (None, ()) else value for name, value in asked.items()}
@@ -111,7 +111,7 @@ def bench(only: tuple[str, ...], folder: str, resume: bool, quick: bool, as_json
     settings = Settings(**asked, against=tuple(factories))
     check(cases, settings)
     target = make_folder(folder)
-    journal = Journal(target / "results.jsonl", settings, resume=resume)
+    journal = Journal(target / "results.jsonl", settings, Result.from_dict, resume=resume)
     shared = Bench(settings, factories, Machine())
     machine = describe() | _rates(shared)
     try:
@@ -140,7 +140,7 @@ def _rates(shared: Bench) -> dict[str, float]:
         return machine.rates(time_by_turns(contestants, repeats=settings.repeats, budget=settings.budget))
 
 
-def _measure_all(cases: Sequence[Case], shared: Bench, journal: Journal) -> list[Result]:
+def _measure_all(cases: Sequence[Case], shared: Bench, journal: Journal[Result]) -> list[Result]:
     """The results of all cases, those of the journal as they are; a line for each where stderr is no terminal."""
     console, bar, results = err(), progress_bar(), []
     task = bar.add_task("measuring", total=len(cases))

@@ -23,6 +23,7 @@ from .console import degree_option, emit_json, json_option, out, size, table
 @degree_option(required=True, help="Where the series is cut; even ones are positive everywhere. none: no far part.")
 @click.option("--window", type=int, default=0, show_default=True, help="Latest tokens that are attended to exactly.")
 @click.option("--sinks", type=int, default=0, show_default=True, help="First tokens that are attended to exactly.")
+@click.option("--heavy", type=int, default=0, show_default=True, help="Weightiest tokens that are, beside these.")
 @click.option("--layers", type=int, default=1, show_default=True, help="Attention layers.")
 @click.option("--context", type=int, required=True, help="Tokens of the key/value cache to compare with.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the state.")
@@ -38,7 +39,7 @@ def plan(as_json: bool, **asked: Any) -> None:
     console = out()
     heads = f"{made.heads} heads" + (f" ({made.kv_heads} key/value)" if made.kv_heads != made.heads else "")
     shape = f"{made.layers} layers, {heads}, head dimension {made.head_dim}, values {made.value_dim}"
-    near = "".join(f", {name} {count:,}" for name, count in (("window", made.window), ("sinks", made.sinks)) if count)
+    near = "".join(f", {name} {count:,}" for name, count in _near(made).items() if count)
     console.print(f"{shape}, degree {made.degree}{near}; one sequence", markup=False, soft_wrap=True)
     console.print(_costs(made))
     for line in _remarks(made):
@@ -65,8 +66,11 @@ def _allocated(made: Plan) -> int | None:
     if dtype not in (torch.float32, torch.float64):
         return None
     sizes = made.kv_heads, made.head_dim, made.value_dim, made.degree
-    near = {"window": made.window, "sinks": made.sinks}
-    return made.layers * State.zeros(1, *sizes, **near, dtype=dtype, device="meta", max_state_bytes=2**63).nbytes
+    return made.layers * State.zeros(1, *sizes, **_near(made), dtype=dtype, device="meta", max_state_bytes=2**63).nbytes
+
+
+def _near(made: Plan) -> dict[str, int]:
+    return {"window": made.window, "sinks": made.sinks, "heavy": made.heavy}
 
 
 def _negative(made: Plan) -> tuple[tuple[float, float], ...]:

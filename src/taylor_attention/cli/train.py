@@ -18,6 +18,7 @@ from ..lm.data import CORPORA
 from ..lm.session import uninterrupted
 from ..lm.training import Progress, TrainingConfig
 from ..nn import ModelConfig
+from ..ops.reading import READINGS
 from .console import degree_option, emit_json, err, json_option, out, progress_bar, table
 
 _MODEL_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
@@ -39,6 +40,7 @@ def _setting(flag: str, field: str, help: str, **options: Any) -> Callable[[Any]
 @degree_option(default=_DEFAULTS["degree"], show_default=True, help="Where the series is cut; an even one, or none.")
 @_setting("--window", "window", "Latest tokens that are attended to exactly.")
 @_setting("--sinks", "sinks", "First tokens that are attended to exactly.")
+@_setting("--reading", "reading", "How all other scores are read.", type=click.Choice(READINGS))
 @_setting("--layers", "num_layers", "Blocks.")
 @_setting("--width", "d_model", "Width of the residual stream.")
 @_setting("--heads", "num_heads", "Query heads.")

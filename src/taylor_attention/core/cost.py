@@ -28,24 +28,24 @@ def state_size(
     kv_heads: int = 1,
     window: int = 0,
     sinks: int = 0,
+    heavy: int = 0,
 ) -> int:
     """Return the elements of the state of one sequence in one layer: eq. 13, and the keys and values of near tokens.
 
-    That is kv_heads * ((value_dim + 1) * M + (window + sinks) * (head_dim + value_dim)).
+    That is kv_heads * ((value_dim + 1) * M + (window + sinks + heavy) * (head_dim + value_dim)).
 
     Args:
         head_dim: entries of a query or key, d_K.
         degree: where the series is cut; None, with a window or sinks: no moments.
         value_dim: entries of a value, d_V; head_dim if None.
         kv_heads: key/value heads, each with a state of its own.
-        window, sinks: latest and first tokens that are attended to exactly.
+        window, sinks, heavy: latest, first and weightiest tokens that are attended to exactly.
     """
     monomials, value_dim = _count_monomials(head_dim, degree), _default(value_dim, head_dim, "value_dim")
     _expect_int("kv_heads", kv_heads, 1)
-    check_reach(degree, window, sinks)
-    return kv_heads * (value_dim + 1) * monomials + cache_size(
-        window + sinks, head_dim, value_dim=value_dim, kv_heads=kv_heads
-    )
+    check_reach(degree, window, sinks, heavy)
+    near = cache_size(window + sinks + heavy, head_dim, value_dim=value_dim, kv_heads=kv_heads)
+    return kv_heads * (value_dim + 1) * monomials + near
 
 
 def update_flops(head_dim: int, degree: int, *, value_dim: int | None = None) -> int:
@@ -74,6 +74,7 @@ def flops_per_token(
     kv_heads: int | None = None,
     window: int = 0,
     sinks: int = 0,
+    heavy: int = 0,
 ) -> int:
     """Return the FLOPs per token of one layer: an update per key/value head and a read per query head.
 
@@ -85,11 +86,11 @@ def flops_per_token(
         value_dim: entries of a value, d_V; head_dim if None.
         heads: query heads.
         kv_heads: key/value heads, a divisor of heads; heads if None.
-        window, sinks: near tokens, each of which costs a query what a cached one does.
+        window, sinks, heavy: near tokens, each of which costs a query what a cached one does.
     """
     kv_heads = _expect_heads(heads, kv_heads)
-    check_reach(degree, window, sinks)
-    near = cache_flops_per_token(window + sinks, head_dim, value_dim=value_dim, heads=heads)
+    check_reach(degree, window, sinks, heavy)
+    near = cache_flops_per_token(window + sinks + heavy, head_dim, value_dim=value_dim, heads=heads)
     if degree is None:
         return near
     update = update_flops(head_dim, degree, value_dim=value_dim)
@@ -125,6 +126,7 @@ def break_even_context(
     kv_heads: int | None = None,
     window: int = 0,
     sinks: int = 0,
+    heavy: int = 0,
     by: str = "memory",
     dtype: torch.dtype | str = "float32",
     cache_dtype: torch.dtype | str | None = None,
@@ -137,7 +139,7 @@ def break_even_context(
         value_dim: entries of a value, d_V; head_dim if None.
         heads: query heads; only FLOPs depend on them.
         kv_heads: key/value heads, a divisor of heads; heads if None.
-        window, sinks: latest and first tokens that are attended to exactly.
+        window, sinks, heavy: latest, first and weightiest tokens that are attended to exactly.
         by: "memory" (bytes) or "flops" (per decoded token).
         dtype: of the state, by name ("float32") or as a torch.dtype.
         cache_dtype: of the cache; the state's if None.
@@ -147,7 +149,7 @@ def break_even_context(
     """
     expect(by in ("memory", "flops"), "by", "'memory' or 'flops'", repr(by))
     kv_heads = _expect_heads(heads, kv_heads)
-    near = {"window": window, "sinks": sinks}
+    near = {"window": window, "sinks": sinks, "heavy": heavy}
     if by == "flops":
         ours = flops_per_token(head_dim, degree, value_dim=value_dim, heads=heads, kv_heads=kv_heads, **near)
         per_context_token = cache_flops_per_token(1, head_dim, value_dim=value_dim, heads=heads)
@@ -176,6 +178,7 @@ class Plan:
     degree: int | None
     window: int
     sinks: int
+    heavy: int
     context: int
     dtype: str
     cache_dtype: str
@@ -208,6 +211,7 @@ def plan(
     context: int,
     window: int = 0,
     sinks: int = 0,
+    heavy: int = 0,
     layers: int = 1,
     kv_heads: int | None = None,
     value_dim: int | None = None,
@@ -223,7 +227,7 @@ def plan(
         head_dim: entries of a query or key, d_K.
         degree: where the series is cut; None, with a window or sinks: no far part.
         context: tokens in the cache, >= 0.
-        window, sinks: latest and first tokens that are attended to exactly.
+        window, sinks, heavy: latest, first and weightiest tokens that are attended to exactly.
         layers: attention layers.
         kv_heads: key/value heads, a divisor of heads; heads if None.
         value_dim: entries of a value, d_V; head_dim if None.
@@ -239,7 +243,7 @@ def plan(
     kv_heads, value_dim = _expect_heads(heads, kv_heads), _default(value_dim, head_dim, "value_dim")
     state_dtype = _to_dtype(dtype)
     kept_dtype = state_dtype if cache_dtype is None else _to_dtype(cache_dtype)
-    near = {"window": window, "sinks": sinks}
+    near = {"window": window, "sinks": sinks, "heavy": heavy}
     elements = state_size(head_dim, degree, value_dim=value_dim, kv_heads=kv_heads, **near)
     cached_bytes = cache_size(context, head_dim, value_dim=value_dim, kv_heads=kv_heads) * kept_dtype.itemsize
     flops = flops_per_token(head_dim, degree, value_dim=value_dim, heads=heads, kv_heads=kv_heads, **near)
@@ -255,6 +259,7 @@ def plan(
         cache_dtype=kept_dtype,
         window=window,
         sinks=sinks,
+        heavy=heavy,
     )
     return Plan(
         layers=layers,
@@ -265,6 +270,7 @@ def plan(
         degree=degree,
         window=window,
         sinks=sinks,
+        heavy=heavy,
         context=context,
         dtype=_name(state_dtype),
         cache_dtype=_name(kept_dtype),

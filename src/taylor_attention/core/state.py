@@ -54,10 +54,11 @@ def tail_size(head_dim: int, value_dim: int, degree: int | None) -> int:
     return min(64, max(16, 1 << balance.bit_length() - 1 if balance else 16))
 
 
-def check_reach(degree: int | None, window: int, sinks: int) -> None:
+def check_reach(degree: int | None, window: int, sinks: int, heavy: int = 0) -> None:
     """Refuse what is no choice of tokens to attend to."""
-    for name, size in {"window": window, "sinks": sinks}.items():
+    for name, size in {"window": window, "sinks": sinks, "heavy": heavy}.items():
         expect(_is_count(size), name, "an int >= 0", size)
+    expect(heavy == 0 or window > 0, "heavy", "0 without a window, in which a token shows its weight", heavy)
     if degree is None:
         expect(window + sinks > 0, "degree", "an int >= 0 (None: only with a window or sinks)", degree)
     else:
@@ -121,6 +122,7 @@ class State:
         *,
         window: int = 0,
         sinks: int = 0,
+        heavy: int = 0,
         scale: float | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -129,7 +131,7 @@ class State:
         """The state before the first token.
 
         Args:
-            degree, window, sinks: as `attention` takes them.
+            degree, window, sinks, heavy: as `attention` takes them.
             scale: factor on q . k; 1 / sqrt(head_dim) if None.
             dtype: float32 or float64.
 
@@ -140,11 +142,11 @@ class State:
         for name, size in sizes.items():
             expect(isinstance(size, int) and size >= 1, name, "an int >= 1", size)
         expect(isinstance(batch_size, int) and batch_size >= 0, "batch_size", "an int >= 0", batch_size)
-        check_reach(degree, window, sinks)
+        check_reach(degree, window, sinks, heavy)
         expect(dtype in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", dtype)
         columns = value_dim + 1
         shape = (batch_size, kv_heads, columns, moment_count(head_dim, degree))
-        needed = needed_bytes(batch_size * kv_heads, head_dim, columns, degree, window + sinks, dtype)
+        needed = needed_bytes(batch_size * kv_heads, head_dim, columns, degree, window + sinks + heavy, dtype)
         check_state_bytes(needed, max_state_bytes, degree)
         sums = torch.zeros(shape, dtype=dtype, device=device)
         tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -153,7 +155,7 @@ class State:
         expect(number, "scale", "a finite number or None", repr(scale))
         state = cls.from_sums(sums, torch.zeros_like(sums), tokens, None, head_dim, degree, float(scale))
         if window or sinks:
-            state.near = Near.zeros(sums, state.log_decay, head_dim, window, sinks)
+            state.near = Near.zeros(sums, state.log_decay, head_dim, window, sinks, heavy)
         return state
 
     @classmethod
@@ -215,6 +217,11 @@ class State:
     def sinks(self) -> int:
         """First tokens that are attended to exactly."""
         return 0 if self.near is None else self.near.sinks
+
+    @property
+    def heavy(self) -> int:
+        """Tokens that are attended to exactly for their weight."""
+        return 0 if self.near is None else self.near.heavy
 
     @property
     def dtype(self) -> torch.dtype:
@@ -326,17 +333,18 @@ class State:
         """The state of this sequence followed by `later`'s, a new one; both stay as they are.
 
         Raises:
-            ArgumentError: the two differ in shape, degree, scale, dtype or device, or have sinks: those of `later`
-                are not the first tokens of the whole.
+            ArgumentError: the two differ in shape, degree, scale, dtype or device, or have sinks or heavy tokens:
+                those of `later` were not chosen among all.
         """
         expect(isinstance(later, State), "later", "a State", type(later).__name__)
-        for name in ("batch_size", "kv_heads", "head_dim", "value_dim", "degree", "window", "sinks", "scale"):
+        for name in ("batch_size", "kv_heads", "head_dim", "value_dim", "degree", "window", "sinks", "heavy", "scale"):
             mine, other = getattr(self, name), getattr(later, name)
             expect(mine == other, "later", f"a state of {name} {mine}", other)
         for name in ("dtype", "device"):
             mine, other = getattr(self, name), getattr(later, name)
             expect(mine == other, "later", f"a state of {name} {mine}", other)
-        expect(self.sinks == 0, "later", "a state without sinks", f"{self.sinks} sinks")
+        chosen = self.sinks + self.heavy
+        expect(chosen == 0, "later", "a state without sinks and heavy tokens", f"{self.sinks} and {self.heavy}")
         first, second = self.folded(), later.folded()
         factor = second.log_decay.exp().to(self.dtype)[..., None, None]
         increment = first.sums * factor

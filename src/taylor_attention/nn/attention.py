@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.state import State, check_reach
 from ..errors import expect
 from ..ops.attention import attention
 from ..ops.decode import decode_
+from ..ops.validation import check_reading
 from .cache import KeyValueCache
 from .layer import Attention, Heads
+from .rotary import Rotation
 from .softmax import softmax_attention
 
 
@@ -25,6 +27,10 @@ class TaylorAttention(Attention):
         degree: of the truncated series; an even one is positive everywhere, and the one to train with. None, with a
             window or sinks: what is not near is forgotten.
         window, sinks: latest and first tokens that are attended to exactly (causal layers only).
+        reading: how the others' scores are read, "taylor" or (causal layers only) "fitted": see `attention`.
+        center_keys: subtract a learned vector per key/value head, `key_center`, from the keys (after norm and
+            rotation). To softmax it is nothing, as all scores of a query change alike; a series it moves to where the
+            scores are.
     """
 
     _state_type = State
@@ -40,12 +46,17 @@ class TaylorAttention(Attention):
         degree: int | None = 2,
         window: int = 0,
         sinks: int = 0,
+        reading: str = "taylor",
+        center_keys: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_heads, num_kv_heads, head_dim, value_dim, **options)
         check_reach(degree, window, sinks)
         expect(self.causal or window + sinks == 0, "causal", "True with a window or sinks", self.causal)
-        self.degree, self.window, self.sinks = degree, window, sinks
+        check_reading(reading, None, self.causal)
+        check_center_keys(center_keys)
+        self.degree, self.window, self.sinks, self.reading = degree, window, sinks, reading
+        self.key_center = nn.Parameter(torch.zeros(self.num_kv_heads, self.head_dim)) if center_keys else None
 
     def new_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -65,11 +76,20 @@ class TaylorAttention(Attention):
             device=weight.device if device is None else device,
         )
 
+    def _project(
+        self, x: Tensor, state: Any, key_padding_mask: Tensor | None, rotation: Rotation | None = None
+    ) -> Heads:
+        heads = super()._project(x, state, key_padding_mask, rotation)
+        if self.key_center is None:
+            return heads
+        return heads._replace(key=heads.key - self.key_center[:, None].to(heads.key.dtype))  # [B, Hkv, T, d]
+
     def _mix(self, heads: Heads, state: State | None, return_state: bool) -> tuple[Tensor, State | None]:
         options: dict[str, Any] = {
             "degree": self.degree,
             "window": self.window,
             "sinks": self.sinks,
+            "reading": self.reading,
             "causal": self.causal,
             "scale": self.scale,
             "key_padding_mask": heads.key_padding_mask,
@@ -81,8 +101,19 @@ class TaylorAttention(Attention):
         return attention(*heads[:3], **options), None
 
     def _mix_(self, heads: Heads, state: State) -> Tensor:
-        mask, log_decay = heads.key_padding_mask, heads.log_decay
-        return decode_(*heads[:3], state, scale=self.scale, key_padding_mask=mask, log_decay=log_decay)
+        return decode_(
+            *heads[:3],
+            state,
+            scale=self.scale,
+            reading=self.reading,
+            key_padding_mask=heads.key_padding_mask,
+            log_decay=heads.log_decay,
+        )
+
+
+def check_center_keys(center_keys: bool) -> None:
+    """Raise ArgumentError for what is neither True nor False."""
+    expect(isinstance(center_keys, bool), "center_keys", "a bool", repr(center_keys))
 
 
 class SoftmaxAttention(Attention):

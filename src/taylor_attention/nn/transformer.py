@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from ..core.state import State, check_reach
 from ..errors import ArgumentError, expect
-from .attention import SoftmaxAttention, TaylorAttention
+from ..ops.validation import check_reading
+from .attention import SoftmaxAttention, TaylorAttention, check_center_keys
 from .cache import KeyValueCache
 from .layer import check_decay, resolve_sizes
 from .norm import RMSNorm
@@ -29,8 +30,8 @@ class ModelConfig:
         num_layers: blocks.
         num_heads, num_kv_heads, head_dim, value_dim, qk_norm, rope, rope_base, decay: see `TaylorAttention`.
         attention: "taylor" or "softmax".
-        degree, window, sinks: see `TaylorAttention`; a softmax model keeps them unused, so that twins differ in one
-            field.
+        degree, window, sinks, reading, center_keys: see `TaylorAttention`; a softmax model keeps them unused, so that
+            twins differ in one field.
         mlp_ratio: hidden width of the MLP over d_model.
     """
 
@@ -45,6 +46,8 @@ class ModelConfig:
     degree: int | None = 2
     window: int = 0
     sinks: int = 0
+    reading: str = "taylor"
+    center_keys: bool = False
     qk_norm: bool = True
     rope: bool = True
     rope_base: float = 10000.0
@@ -60,6 +63,8 @@ class ModelConfig:
             isinstance(self.mlp_ratio, (int, float)) and self.mlp_ratio > 0, "mlp_ratio", "a number > 0", self.mlp_ratio
         )
         check_reach(self.degree, self.window, self.sinks)
+        check_reading(self.reading, None, True)
+        check_center_keys(self.center_keys)
         check_decay(self.decay)
         resolve_sizes(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim, self.rope)
 
@@ -69,7 +74,9 @@ class ModelConfig:
         options: dict[str, Any] = {name: getattr(self, name) for name in ("qk_norm", "rope", "rope_base", "decay")}
         if self.attention == "softmax":
             return SoftmaxAttention(*sizes, **options)
-        return TaylorAttention(*sizes, degree=self.degree, window=self.window, sinks=self.sinks, **options)
+        for name in ("degree", "window", "sinks", "reading", "center_keys"):
+            options[name] = getattr(self, name)
+        return TaylorAttention(*sizes, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -10,10 +10,11 @@ from torch import Tensor
 from ..core.series import Series
 from ..core.state import MAX_STATE_BYTES, State, check_reach, check_state_bytes, needed_bytes, wide_dtype
 from .backends import uses_kernels
-from .hybrid import Sequence, attend_hybrid
+from .hybrid import attend_hybrid
 from .normaliser import divide, divide_checked, resolve
 from .operator import attend
 from .problem import FULL_RESET
+from .sequence import Sequence
 from .validation import (
     Optional,
     Shapes,
@@ -35,6 +36,7 @@ class Options(TypedDict, total=False):
 
     window: int
     sinks: int
+    heavy: int
     reading: str
     causal: bool
     scale: float | None
@@ -70,6 +72,7 @@ def attention(
     degree: int | None,
     window: int = 0,
     sinks: int = 0,
+    heavy: int = 0,
     reading: str = "taylor",
     causal: bool = True,
     scale: float | None = None,
@@ -98,8 +101,11 @@ def attention(
         value: [B, Hkv, Tk, dv].
         degree: highest power of the scores, >= 0 (the paper's P - 1). Even degrees of exp are positive everywhere.
             None, with a window or sinks: far keys count for nothing.
-        window: how many of the latest tokens are near, the query's own included (hidden ones take their place too).
+        window: how many of the latest visible tokens are near, the query's own included. With near tokens or a fitted
+            reading the rows of hidden tokens are zeros.
         sinks: how many of the sequence's first visible tokens are near.
+        heavy: how many others are near for their weight, in each key/value head: when a token leaves the window, the
+            attention that it got there decides whether it takes such a place (see `ops.heavy`).
         reading: "taylor": far weights are f(s_ij), the same for all; "fitted": the polynomial nearest to exp for scores
             that are distributed as the query's own far scores are, in mean and variance (see `ops.reading`).
         causal: query i sees keys j <= i (then Tq == Tk); else every query sees every key.
@@ -129,20 +135,20 @@ def attention(
             NaN rows instead).
     """
     optional = Optional(key_padding_mask, cu_seqlens, log_decay)
-    check_reach(degree, window, sinks)
+    check_reach(degree, window, sinks, heavy)
     shapes = check_inputs(query, key, value, optional, causal, near=window + sinks > 0)
     check_choices(backend, chunk_size)
     check_reading(reading, series, causal)
     degree = None if degree is None else len(range(degree))  # a tracer that takes ints for unknowns pins this one down
     scale = check_scale(scale, shapes.head_dim)
     if state is not None:
-        check_state(state, shapes, degree, scale, window, sinks)
+        check_state(state, shapes, degree, scale, window, sinks, heavy)
     if not torch.compiler.is_compiling():
         uses_kernels(backend, shapes.device)  # refuses a backend that cannot compute here
         check_data(cu_seqlens, log_decay, shapes.keys)
     if return_state:
         rows, columns = shapes.sequences * shapes.kv_heads, shapes.value_dim + 1
-        needed = needed_bytes(rows, shapes.head_dim, columns, degree, window + sinks, shapes.sum_dtype)
+        needed = needed_bytes(rows, shapes.head_dim, columns, degree, window + sinks + heavy, shapes.sum_dtype)
         check_state_bytes(needed, max_state_bytes, degree)
     start = None if state is None else state.folded()
     coefficients, positive = resolve(check_series(series), degree)
@@ -153,7 +159,7 @@ def attention(
     if window or sinks or fitted:
         if state is None and not return_state:
             sinks = min(sinks, shapes.keys)
-        sequence = Sequence(q * scale, k, v, key_padding_mask, gates, start, window, sinks)
+        sequence = Sequence(q * scale, k, v, key_padding_mask, gates, start, window, sinks, heavy, backend)
         found = attend_hybrid(
             sequence,
             None if degree is None else coefficients,
@@ -162,7 +168,6 @@ def attention(
             checked=degree is not None and degree % 2 == 1 if fitted else not positive,
             chunk=chunk_size or 0,
             keep=return_state,
-            backend=backend,
         )
         out, end, dropped, near, seen = found.out, found.sums, found.compensation, found.near, found.seen
     else:

@@ -82,6 +82,7 @@ def decode_(
             degree=state.degree,
             window=state.window,
             sinks=state.sinks,
+            heavy=state.heavy,
             scale=scale,
             series=series,
             reading=reading,
@@ -135,7 +136,7 @@ def _checked(
             None if visible is None else (visible.shape, visible.stride(), visible.dtype, visible.device),
             None if log_decay is None else _signature(log_decay),
             (type(state), sums.shape, sums.dtype, sums.device, tail.shape, state.degree, state.scale),
-            (state.window, state.sinks, state.is_contiguous),
+            (state.window, state.sinks, state.heavy, state.is_contiguous),
             (scale, type(scale), series, reading, backend, torch.is_grad_enabled(), torch.get_num_threads()),
         )
         found = _known.get(signature)
@@ -168,14 +169,16 @@ def _check(
     expect(isinstance(state, State), "state", "a State", type(state))
     shapes = check_inputs(query, key, value, Optional(visible, None, log_decay), True)
     scale, degree = check_scale(scale, shapes.head_dim), state.degree
-    check_state(state, shapes, degree, scale, state.window, state.sinks, in_place=(query, key, value, log_decay))
+    check_state(
+        state, shapes, degree, scale, state.window, state.sinks, state.heavy, in_place=(query, key, value, log_decay)
+    )
     expect(state.is_contiguous, "state", "contiguous tensors, to change them in place", "others")
     check_choices(backend, None)
     check_reading(reading, series, True)
     coefficients, positive = resolve(check_series(series), degree)
     fitted, plan = reading == "fitted", None
     checked = not positive and (degree % 2 == 1 if fitted and degree is not None else True)
-    if shapes.queries == 1 and not fitted and uses_kernels(backend, query.device):
+    if shapes.queries == 1 and not fitted and state.heavy == 0 and uses_kernels(backend, query.device):
         safe_share = SAFE_SHARE * abs(coefficients[0]) if checked else None
         plan = compiled.plan_step((query, key, value), visible, log_decay, state, coefficients, safe_share)
     return _Step(shapes.queries, coefficients, checked, fitted, plan)

@@ -39,7 +39,7 @@ def decode_one_(
     gate = None if log_decay is None else log_decay[..., 0].to(wide_dtype(state.device)).clamp(min=FULL_RESET)
     state.append_(k, u, gate, None if visible is None else visible[:, 0])
     q = (query[:, :, 0].to(state.dtype) * state.scale).reshape(batch * heads, -1, state.head_dim)  # [n, g, d]
-    out, seen = _read(q, state, coefficients, fitted)
+    out, seen = _read_(q, state, coefficients, fitted, None if visible is None else visible[:, 0])
     out, seen = out.reshape(batch, -1, 1, u.shape[-1]), seen.reshape(batch, -1, 1)
     if visible is not None and (fitted or state.near is not None):  # hidden tokens see nothing
         out, seen = out.masked_fill(~visible[:, None, :, None], 0), seen.masked_fill(~visible[:, None], 0)
@@ -48,11 +48,16 @@ def decode_one_(
     return y.to(query.dtype)
 
 
-def _read(q: Tensor, state: State, coefficients: tuple[float, ...], fitted: bool) -> tuple[Tensor, Tensor]:
-    """[N | Z] [n, g, E] for scaled queries [n, g, d], and what it would be if far weights were c_0, over c_0 [n, g]."""
+def _read_(
+    q: Tensor, state: State, coefficients: tuple[float, ...], fitted: bool, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """[N | Z] [n, g, E] for scaled queries [n, g, d], and what it would be if far weights were c_0, over c_0 [n, g].
+
+    Near tokens note the attention that they get from visible queries, bool [B].
+    """
     if not coefficients:
         assert state.near is not None  # a state without a degree has near tokens
-        out, _ = _read_near(q, state, state.near)
+        out, _ = _read_near_(q, state, state.near, visible)
         return out, out[..., -1]
     if fitted:
         powers = _read_powers(q, state, len(coefficients) - 1)
@@ -64,7 +69,7 @@ def _read(q: Tensor, state: State, coefficients: tuple[float, ...], fitted: bool
         return out, _count(state).expand(out.shape[:2])
     near, top = torch.zeros_like(out), log_factor
     if state.near is not None:
-        near, top = _read_near(q, state, state.near)
+        near, top = _read_near_(q, state, state.near, visible)
     both, by_near, by_far = join(near, top, out, log_factor)
     constant = 1.0 if fitted else abs(coefficients[0]) or 1.0
     return both, by_near * near[..., -1] / constant + by_far * _count(state)
@@ -107,14 +112,17 @@ def _tail(q: Tensor, state: State) -> tuple[Tensor, Tensor]:
     return torch.bmm(q, state.tail_key.flatten(0, 1)[..., tail]), values
 
 
-def _read_near(q: Tensor, state: State, near: Near) -> tuple[Tensor, Tensor]:
+def _read_near_(q: Tensor, state: State, near: Near, visible: Tensor | None) -> tuple[Tensor, Tensor]:
     """exp(-m) sum exp(s) [v, 1] over near tokens, [n, g, E], and the maximum m [n, g]."""
-    key = torch.cat([near.key, near.sink_key], -1).flatten(0, 1)  # [n, d, W + S]
-    value = torch.cat([near.value, near.sink_value], -1).flatten(0, 1)
-    since = state.log_decay[..., None] - torch.cat([near.log_decay, near.sink_log_decay], -1)
+    exact = near.exact()
+    key, value = exact.key.flatten(0, 1), exact.value.flatten(0, 1)  # [n, d, W + S + H], [n, E, W + S + H]
+    since = state.log_decay[..., None] - exact.log_decay
     scores = torch.bmm(q, key) + since.to(q.dtype).flatten(0, 1)[:, None]
     forgotten = (since < FORGOTTEN).flatten(0, 1)  # a maximum must not bring it back
     scores = scores.masked_fill(((value[:, -1] == 0) | forgotten)[:, None], -torch.inf)
+    if near.heavy:
+        weights = scores[..., : near.window].softmax(-1).nan_to_num(nan=0.0).sum(1).view_as(near.received)
+        near.received += weights if visible is None else weights.masked_fill(~visible[:, None, None], 0)
     top = scores.amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0, top)
     out = torch.bmm((scores - top).exp(), value.mT)

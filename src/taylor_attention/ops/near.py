@@ -32,6 +32,7 @@ def _attend_near(
     sink_key: Tensor | None,
     sink_value: Tensor | None,
     sink_from: Tensor | None,
+    sink_until: Tensor | None,
     sink_log_decay: Tensor | None,
     window: int,
     backend: str,
@@ -48,12 +49,12 @@ def _attend_near(
         visible: bool [B, P + T], which keys count.
         log_decay: [B, Hkv, P + T], of hidden keys too: 0 for those that fade nothing; >= FULL_RESET.
         sink_key: [B, Hkv, X, d]; sink_value: [B, Hkv, X, dv].
-        sink_from: int64 [B, X]; query t sees sink x if sink_from[x] <= t.
+        sink_from, sink_until: int64 [B, Hkv, X]; query t sees sink x if sink_from[x] <= t < sink_until[x].
         sink_log_decay: [B, Hkv, X] in the wide type: what the sum of log_decay up to a query lacks to be the log decay
             since the sink came.
         window: query t sees the keys in the places P + t - window < j <= P + t.
     """
-    given = (far, visible, log_decay, sink_key, sink_value, sink_from, sink_log_decay)
+    given = (far, visible, log_decay, sink_key, sink_value, sink_from, sink_until, sink_log_decay)
     inputs, reached = guard(NearInputs(query, key, value, *given, window))
     with without_autocast(query):
         out, top = _computing(backend, query).forward(inputs)
@@ -77,12 +78,13 @@ def _attend_near_backward(
     sink_key: Tensor | None,
     sink_value: Tensor | None,
     sink_from: Tensor | None,
+    sink_until: Tensor | None,
     sink_log_decay: Tensor | None,
     window: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, far, log_decay, sink_key, sink_value and sink_log_decay (empty if not given)."""
-    given = (far, visible, log_decay, sink_key, sink_value, sink_from, sink_log_decay)
+    given = (far, visible, log_decay, sink_key, sink_value, sink_from, sink_until, sink_log_decay)
     inputs, _ = guard(NearInputs(query, key, value, *given, window))
     with without_autocast(query):
         found = _computing(backend, query).backward(inputs, grad, top)
@@ -91,7 +93,7 @@ def _attend_near_backward(
 
 
 def _fake_attend_near_backward(grad, out, top, *rest):  # type: ignore[no-untyped-def]
-    query, key, value, far, _visible, log_decay, sink_key, sink_value, _from, sink_log_decay, *_ = rest
+    query, key, value, far, _visible, log_decay, sink_key, sink_value, _from, _until, sink_log_decay, *_ = rest
     inputs = (query, key, value, far, log_decay, sink_key, sink_value, sink_log_decay)
     return tuple(grad.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
@@ -106,9 +108,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     out, top, *tensors = ctx.saved_tensors
     if grad is None:
-        return (None,) * 12
+        return (None,) * 13
     found = attend_near_backward(grad, out, top, *tensors, *ctx.settings)
-    places = (0, 1, 2, 3, 5, 6, 7, 9)  # of those that have a gradient, among the tensors
+    places = (0, 1, 2, 3, 5, 6, 7, 10)  # of those that have a gradient, among the tensors
     by_tensor = dict(zip(places, found, strict=True))
     return (*(None if x is None else by_tensor.get(i) for i, x in enumerate(tensors)), None, None)
 

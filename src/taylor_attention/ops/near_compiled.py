@@ -49,7 +49,7 @@ class _Call:
         given = (inputs.query, inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)
         tokens = [None if x is None else entries_together(x) for x in given]
         gates = None if inputs.log_decay is None else inputs.log_decay.to(torch.float64)
-        along = (inputs.visible, gates, inputs.sink_from, inputs.fading_of_sinks(), inputs.total())
+        along = (inputs.visible, gates, inputs.sink_from, inputs.sink_until, inputs.fading_of_sinks(), inputs.total())
         beside = [None if x is None else x.contiguous() for x in along]
         self.far = None if inputs.far is None else inputs.far.contiguous()
         self._alive = (tokens, beside)

@@ -20,8 +20,8 @@ class NearInputs:
     """The tensors of one problem, all of the accumulating dtype; query t stands at place P + t among the keys.
 
     query [B, Hq, T, d], key [B, Hkv, P + T, d], value [B, Hkv, P + T, dv], far [B, Hq, T, E], visible bool [B, P + T],
-    log_decay [B, Hkv, P + T], sink_key [B, Hkv, X, d], sink_value [B, Hkv, X, dv], sink_from int64 [B, X],
-    sink_log_decay [B, Hkv, X] in the wide type. After `guard` visible and sink_from have heads, [B, Hkv, ...].
+    log_decay [B, Hkv, P + T], sink_key [B, Hkv, X, d], sink_value [B, Hkv, X, dv], sink_from and
+    sink_until int64 [B, Hkv, X], sink_log_decay [B, Hkv, X] in the wide type. After `guard` visible has heads too.
     """
 
     query: Tensor
@@ -33,6 +33,7 @@ class NearInputs:
     sink_key: Tensor | None
     sink_value: Tensor | None
     sink_from: Tensor | None
+    sink_until: Tensor | None
     sink_log_decay: Tensor | None
     window: int
 
@@ -90,8 +91,7 @@ def guard(inputs: NearInputs) -> tuple[NearInputs, Tensor | None]:
     heads = inputs.key.shape[1]
     visible, first = inputs.visible, inputs.sink_from
     visible = None if visible is None else visible[:, None].expand(-1, heads, -1)
-    first = None if first is None else first[:, None].expand(-1, heads, -1)
-    inputs = replace(inputs, visible=visible, sink_from=first)
+    inputs = replace(inputs, visible=visible)
     tensors = (inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)
     if bool(torch.stack([x.sum() for x in tensors if x is not None]).sum().isfinite()):
         return inputs, None
@@ -105,7 +105,10 @@ def guard(inputs: NearInputs) -> tuple[NearInputs, Tensor | None]:
     inputs = replace(inputs, visible=visible)
     if inputs.sink_key is not None and inputs.sink_value is not None and first is not None:
         broken = _broken(inputs.sink_key, inputs.sink_value)  # [B, Hkv, X]
-        reached = reached | (broken[..., None] & (first[..., None] <= query)).any(2)
+        seen = first[..., None] <= query  # [B, Hkv, X, T]
+        if inputs.sink_until is not None:
+            seen = seen & (inputs.sink_until[..., None] > query)
+        reached = reached | (broken[..., None] & seen).any(2)
         inputs = replace(
             inputs,
             sink_key=inputs.sink_key.masked_fill(broken[..., None], 0),

@@ -36,6 +36,7 @@ class _Rows:
     sink_k: Tensor | None  # [n, X, d]
     sink_u: Tensor | None  # [n, X, E]
     sink_from: Tensor | None  # [n, X]
+    sink_until: Tensor | None  # [n, X]
     sink_log_decay: Tensor | None  # [n, X]
     total: Tensor | None  # [n, P + T]
 
@@ -140,6 +141,7 @@ def _whole(inputs: NearInputs) -> _Rows:
         rows(inputs.sink_key),
         rows(sink_u),
         rows(inputs.sink_from),
+        rows(inputs.sink_until),
         rows(inputs.fading_of_sinks()),
         rows(inputs.total()),
     )
@@ -174,6 +176,8 @@ def _block(part: _Rows, first: int, last: int, past: int, window: int) -> _Block
     if part.sink_k is not None and part.sink_u is not None and part.sink_from is not None:
         k, u = torch.cat([k, part.sink_k], 1), torch.cat([u, part.sink_u], 1)
         late = part.sink_from[:, None] > query  # [n, C, X]
+        if part.sink_until is not None:
+            late = late | (part.sink_until[:, None] <= query)
         unseen = torch.cat([unseen.expand(late.shape[0], -1, -1), late], -1)
         if part.total is not None and part.sink_log_decay is not None:
             sinking = part.total[:, past + first : past + last, None] + part.sink_log_decay[:, None]

@@ -9,17 +9,26 @@ For query i and key j with scaled score s_ij = scale * q_i . k_j:
 
 Without window and sinks this is Taylor attention; with a window over all keys, softmax attention. A hidden token has no
 place in a window, and with a window or sinks none as a query either: its row is zeros.
+
+Fitted, f is a polynomial of each query's own: with mean m and variance v of its far scores, weighted by their decay,
+
+    f_i(s) = e^(m + v/2) sum_{j <= D} a_j (s - m)^j / j!,    a_j = sum_{2n <= D - j} (-v/2)^n / n!
+
+where a degree of 0 sees no mean, one below 2 no variance, and v counts up to D/2, or less where f would not be safe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import factorial
 
 import torch
 from torch import Tensor
 
 from ..core.series import EXP, Series
+from .normaliser import SAFE_SHARE
 from .problem import FULL_RESET
+from .reading import largest_variance
 
 
 def attention_reference(
@@ -33,26 +42,29 @@ def attention_reference(
     series: Series | None = None,
     window: int = 0,
     sinks: int = 0,
+    reading: str = "taylor",
     key_padding_mask: Tensor | None = None,
     log_decay: Tensor | None = None,
 ) -> Tensor:
     """Attention by its definition: [B, Hq, Tq, d], [B, Hkv, Tk, d], [B, Hkv, Tk, dv] -> [B, Hq, Tq, dv].
 
-    With degree None only the keys that are weighed exactly count.
+    With degree None only the keys that are weighed exactly count. Rows that `attention` refuses, their normaliser not
+    being safely positive, are what the formula gives.
     """
     visible, shown = _shown(query, key, causal, key_padding_mask)
     count = visible.cumsum(-1)
     exact = (visible & (count <= sinks))[:, None, None].expand_as(shown)
     if window:
         exact = exact | (count[..., None] - count[:, None] < window)[:, None]
-    if window or sinks:
+    if window or sinks or reading == "fitted":
         shown = shown & visible[:, None, :, None]
     coefficients: Sequence[float] = ()
     if degree is None:
         shown = shown & exact
     else:
         coefficients = (series or EXP).coefficients(degree)
-    return _attend(query, key, value, coefficients, scale, visible, shown, exact, log_decay)
+    fitted = reading == "fitted" and degree is not None
+    return _attend(query, key, value, coefficients, fitted, scale, visible, shown, exact, log_decay)
 
 
 def softmax_reference(
@@ -67,7 +79,7 @@ def softmax_reference(
 ) -> Tensor:
     """Exact softmax attention with the same arguments, for comparison."""
     visible, shown = _shown(query, key, causal, key_padding_mask)
-    return _attend(query, key, value, (), scale, visible, shown, torch.ones_like(shown), log_decay)
+    return _attend(query, key, value, (), False, scale, visible, shown, torch.ones_like(shown), log_decay)
 
 
 def _shown(query: Tensor, key: Tensor, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -82,6 +94,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     coefficients: Sequence[float],
+    fitted: bool,
     scale: float | None,
     visible: Tensor,
     shown: Tensor,
@@ -93,17 +106,42 @@ def _attend(
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # clarity, not speed
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = scale * (q @ k.transpose(-1, -2))  # [B, Hq, Tq, Tk]
-    size = torch.where(exact, scores, 0)  # log of a weight, but for the factor f(s) of the keys that are not exact
+    faded = torch.zeros_like(scores)
     if log_decay is not None:
-        size = size + _fading(log_decay.double(), visible).repeat_interleave(group, 1)
+        faded = faded + _fading(log_decay.double(), visible).repeat_interleave(group, 1)
+    if fitted:
+        far, size = _fit(scores, torch.where(shown & ~exact, faded, -torch.inf).exp(), len(coefficients) - 1)
+    else:
+        far, size = _truncated(scores, coefficients), torch.zeros_like(scores[..., :1])
+    size = torch.where(exact, scores, size) + faded  # log of a weight, but for the factor `far` of keys that are not
     size = torch.where(shown, size, -torch.inf)
     top = size.logsumexp(-1, keepdim=True).detach()  # a factor per query, which the division removes
     empty = top == -torch.inf
-    weights = torch.where(exact, 1, _truncated(scores, coefficients)) * (size - top.masked_fill(empty, 0)).exp()
+    weights = torch.where(exact, 1, far) * (size - top.masked_fill(empty, 0)).exp()
     return (weights @ v) / torch.where(empty, 1, weights.sum(-1, keepdim=True))
 
 
-def _truncated(scores: Tensor, coefficients: Sequence[float]) -> Tensor:
+def _fit(scores: Tensor, left: Tensor, degree: int) -> tuple[Tensor, Tensor]:
+    """What each query's fit gives but for a factor [B, Hq, Tq, Tk], and the factor's logarithm [B, Hq, Tq, 1].
+
+    left: what decay has left of a far key [B, Hq, Tq, Tk], 0 for all others.
+    """
+    count = left.sum(-1, keepdim=True)
+    share = left / torch.where(count > 0, count, 1)
+    mean = (share * scores).sum(-1, keepdim=True) * (degree >= 1)
+    variance = (share * (scores - mean).square()).sum(-1, keepdim=True).clamp(max=degree / 2) * (degree >= 2)
+    unsafe = (left * _centred(scores - mean, variance, degree)).sum(-1, keepdim=True) <= SAFE_SHARE * count
+    variance = torch.where(unsafe, variance.clamp(max=largest_variance(degree)), variance)
+    return _centred(scores - mean, variance, degree), mean + variance / 2
+
+
+def _centred(scores: Tensor, variance: Tensor, degree: int) -> Tensor:
+    """sum_j a_j s^j / j! for scores less their mean."""
+    a = [sum((-variance / 2) ** n / factorial(n) for n in range((degree - j) // 2 + 1)) for j in range(degree + 1)]
+    return _truncated(scores, [each / factorial(j) for j, each in enumerate(a)])
+
+
+def _truncated(scores: Tensor, coefficients: Sequence[float | Tensor]) -> Tensor:
     return sum((c * scores**p for p, c in enumerate(coefficients)), torch.zeros_like(scores))
 
 

@@ -132,6 +132,7 @@ def check_state(
     scale: float,
     window: int,
     sinks: int,
+    heavy: int,
     in_place: tuple[Tensor | None, ...] = (),
 ) -> None:
     """Refuse a state of another problem; for a change in place, also gradients."""
@@ -144,6 +145,7 @@ def check_state(
         "degree": degree,
         "window": window,
         "sinks": sinks,
+        "heavy": heavy,
         "scale": scale,
         "dtype": shapes.sum_dtype,
         "device": shapes.device,

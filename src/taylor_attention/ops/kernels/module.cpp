@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "choose.h"
 #include "layout.h"
 
 namespace taylor {
@@ -210,7 +211,8 @@ NearProblem read_near(Numbers& numbers) {
     *x = numbers.integer();
   for (Strided* x : {&p.query, &p.key, &p.value, &p.sink_key, &p.sink_value}) *x = numbers.strided();
   p.visible = numbers.pointer<const std::uint8_t>(), p.log_decay = numbers.pointer<const double>();
-  p.sink_from = numbers.pointer<const std::int64_t>(), p.sink_log_decay = numbers.pointer<const double>();
+  p.sink_from = numbers.pointer<const std::int64_t>(), p.sink_until = numbers.pointer<const std::int64_t>();
+  p.sink_log_decay = numbers.pointer<const double>();
   p.total = numbers.pointer<const double>(), p.far = numbers.pointer<const void>();
   p.out = numbers.pointer<void>(), p.top = numbers.pointer<void>();
   return p;
@@ -232,6 +234,19 @@ PyObject* near_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
   p.key_grad = numbers.pointer<void>(), p.column_grad = numbers.pointer<void>();
   p.sink_key_grad = numbers.pointer<void>(), p.sink_column_grad = numbers.pointer<void>();
   if (!numbers.complete() || !run([&] { kernels->near_backward(p, is_double); })) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* choose_holders(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Numbers numbers(items, count);
+  Contest c = {};
+  c.rows = numbers.integer(), c.count = numbers.integer(), c.places = numbers.integer();
+  const std::int64_t never = numbers.integer();
+  c.priority = numbers.pointer<const double>(), c.leaves = numbers.pointer<const std::uint8_t>();
+  c.held = numbers.pointer<double>();
+  c.leaver = numbers.pointer<std::int64_t>(), c.until = numbers.pointer<std::int64_t>();
+  c.holder = numbers.pointer<std::int64_t>();
+  if (!numbers.complete() || !run([&] { choose(c, never); })) return nullptr;
   Py_RETURN_NONE;
 }
 
@@ -270,6 +285,7 @@ PyMethodDef methods[] = {
     {"fold", as_method(fold), METH_FASTCALL, "Add the tails of states to their moments."},
     {"near_forward", as_method(near_forward), METH_FASTCALL, "Exact attention to a window and to sinks."},
     {"near_backward", as_method(near_backward), METH_FASTCALL, "Gradients of `near_forward`."},
+    {"choose", as_method(choose_holders), METH_FASTCALL, "Who holds a few places, as tokens leave the window."},
     {"targets", list_targets, METH_NOARGS, "Instruction sets that this machine has, best first."},
     {"use", use_target, METH_O, "Use the kernels for one of `targets()`; the best one is used without this."},
     {nullptr, nullptr, 0, nullptr},

@@ -148,13 +148,15 @@ template <class T> struct NearSweep {
 
   // The same for sinks from `sink` on and queries from `query` on.
   template <bool lanes_query> void restrict_sinks(Index sink, Index query, Index count) {
-    const std::int64_t* seen_from = p.sink_from + row * p.sinks;
+    const std::int64_t* from = p.sink_from + row * p.sinks;
+    const std::int64_t* until = p.sink_until ? p.sink_until + row * p.sinks : nullptr;
     const Index tokens = lanes_query ? p.queries - query : p.sinks - sink;
     for (Index r = 0; r < count; ++r)
       for (Index i = 0; i < N && i < tokens; ++i) {
         const Index x = sink + (lanes_query ? r : i), t = query + (lanes_query ? i : r);
         const T faded = p.total ? forget(T(p.sink_log_decay[row * p.sinks + x] + p.total[row * p.keys + past + t])) : T(0);
-        scores[r * N + i] = seen_from[x] <= t ? scores[r * N + i] + faded : -T(INFINITY);
+        const bool seen = from[x] <= t && !(until && until[x] <= t);
+        scores[r * N + i] = seen ? scores[r * N + i] + faded : -T(INFINITY);
       }
   }
 

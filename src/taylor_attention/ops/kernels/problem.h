@@ -113,7 +113,7 @@ struct NearProblem {
   Strided query, key, value, sink_key, sink_value;
   const std::uint8_t* visible;    // [rows, keys] or null
   const double* log_decay;        // [rows, keys] or null; 0 for hidden keys
-  const std::int64_t* sink_from;  // [rows, sinks]: the first query that sees it
+  const std::int64_t *sink_from, *sink_until;  // [rows, sinks]: the first query that sees it, the first that does not any more (null: none)
   const double* sink_log_decay;   // [rows, sinks]: up to before the first key
   const double* total;            // [rows, keys]: running sum of log_decay; null without decay or sinks
   const void* far;                // [batch, heads x group, queries, E] or null

@@ -1,0 +1,89 @@
+"""The figure of planted needles: error against margin, ties and age, a line per method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from ..core.storage import replacing
+from ..errors import require
+from .needles import AGE, MARGIN, PARAMETERS, TIES, Case, Result, Settings, Sweep
+
+_MARKERS = "osD^v"  # by degree
+_SIZE = (18.0, 6.8)  # inches
+_AXIS = {
+    MARGIN: "margin over the mean background score",
+    TIES: "needles (ties)",
+    AGE: "age (tokens before the query)",
+}
+
+
+def draw(path: Path, sweeps: Sequence[Sweep], results: Mapping[Case, Result], settings: Settings) -> Path:
+    """Draw medians over streams with their quartiles as a PNG, replaced atomically.
+
+    A panel for each parameter, a colour for each kind of method, a marker for each degree. Dotted lines are of needles
+    in the window, and only of methods that have one; lines of methods without are broad.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    figures = require("matplotlib.figure", "bench", "drawing the figure")
+    figure = figures.Figure(figsize=_SIZE, layout="constrained")
+    panels = dict(zip(PARAMETERS, figure.subplots(1, len(PARAMETERS), sharey=True), strict=True))
+    looks = _looks(settings.methods)
+    for sweep in sweeps:
+        for name, options in settings.methods.items():
+            if "window" in options or not sweep.inside:
+                _plot(panels[sweep.name], sweep, [results[case] for case in sweep.cases], name, looks[name])
+    for parameter, axes in panels.items():
+        _dress(axes, [sweep for sweep in sweeps if sweep.name == parameter])
+    panels[MARGIN].set_ylabel("||y - softmax|| / ||softmax||")
+    figure.legend(*panels[AGE].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize="small")
+    figure.suptitle(
+        f"Error beside softmax over {settings.length:,} tokens, head size {settings.head_dim}, background scores "
+        f"{settings.mean:g} ± {settings.spread:g}; medians and quartiles of {settings.heads * settings.seeds} streams"
+    )
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=80, pil_kwargs={"optimize": True})
+    return path
+
+
+def _looks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How each method's lines look: by the words of its name but for a number, and that number."""
+    kinds = {name: name.rstrip("0123456789 ") for name in methods}
+    degrees = {name: name.removeprefix(kind) for name, kind in kinds.items()}
+    colors = dict(zip(dict.fromkeys(kinds.values()), cycle(f"C{i}" for i in range(10)), strict=False))
+    markers = dict(zip(dict.fromkeys(degrees.values()), cycle(_MARKERS), strict=False))
+    broad = {"linewidth": 4, "alpha": 0.5, "markersize": 7, "zorder": 1}
+    fine = {"linewidth": 1.3, "markersize": 4}
+    return {
+        name: {"color": colors[kinds[name]], "marker": markers[degrees[name]]}
+        | (fine if "window" in options else broad)
+        for name, options in methods.items()
+    }
+
+
+def _plot(axes: Any, sweep: Sweep, results: Sequence[Result], name: str, look: dict[str, Any]) -> None:
+    x = [getattr(result.case, sweep.name) for result in results]
+    low, middle, high = zip(*(result.quartiles(name) for result in results), strict=True)
+    axes.plot(x, middle, label=None if sweep.inside else name, linestyle=":" if sweep.inside else "-", **look)
+    axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
+
+
+def _dress(axes: Any, sweeps: Sequence[Sweep]) -> None:
+    """The title, scales and ticks of a panel."""
+    parameter, case = sweeps[0].name, sweeps[0].cases[0]
+    fixed = {
+        MARGIN: f"{case.ties:,} needles" if case.ties > 1 else "one needle",
+        TIES: f"margin {case.margin:g}",
+        AGE: f"{case.ties:,} needles, margin {case.margin:g}",
+    }
+    ages = "".join(f", {'dotted: ' if sweep.inside else ''}age {sweep.cases[0].age:,}" for sweep in sweeps)
+    scale = "linear" if parameter == MARGIN else "log"
+    axes.set(title=fixed[parameter] + ages * (parameter != AGE), xlabel=_AXIS[parameter], xscale=scale, yscale="log")
+    ticks = sorted({getattr(case, parameter) for sweep in sweeps for case in sweep.cases})
+    axes.set_xticks(ticks, [f"{tick:,}" if isinstance(tick, int) else f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)

@@ -1,0 +1,219 @@
+"""`taylor-attention needles`: what each way of attending makes of a few keys that stand out of a long background."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.table import Table
+
+from ..bench import needles_figure
+from ..bench.journal import Journal
+from ..bench.needles import (
+    AGE,
+    MARGIN,
+    TIES,
+    Bench,
+    Case,
+    Result,
+    Settings,
+    Sweep,
+    check,
+    in_order,
+    make_methods,
+    plan_sweeps,
+    state_bytes,
+)
+from ..errors import MissingDependencyError, expect
+from .console import emit_json, err, json_option, make_folder, out, progress_bar, size, table
+
+FULL: dict[str, Any] = {
+    "margin": (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0),
+    "ties": (1, 4, 16, 64),
+    "age": (10, 100, 1000, 10_000, 100_000),
+    "length": Settings.length,
+    "heads": Settings.heads,
+    "seeds": Settings.seeds,
+}
+QUICK: dict[str, Any] = {
+    "margin": (0.0, 4.0, 8.0, 12.0),
+    "ties": (1, 16),
+    "age": (10, 100, 1000),
+    "length": 4096,
+    "heads": 2,
+    "seeds": 2,
+}
+AT = (10.0, 4, 1000)
+DEGREES = (2, 4)
+WIDE = 140  # columns where stdout is no terminal: a file is as wide as its tables
+COLUMN = {MARGIN: "margin {0.margin:g}", TIES: "ties {0.ties:,}", AGE: "age {0.age:,}"}
+
+_POSITIVE = click.IntRange(min=1)
+
+
+def _default(name: str) -> str:
+    values = FULL[name] if isinstance(FULL[name], tuple) else (FULL[name],)
+    return f"[{', '.join(f'{value:g}' if isinstance(value, float) else f'{value:,}' for value in values)}]"
+
+
+@click.command(short_help="Measure the error beside softmax where a few keys stand out.")
+@click.option("--margin", multiple=True, type=float, help=f"Of needles' scores; repeatable {_default('margin')}.")
+@click.option("--ties", multiple=True, type=_POSITIVE, help=f"How many needles; repeatable {_default('ties')}.")
+@click.option("--age", multiple=True, type=_POSITIVE, help=f"Tokens before the query; repeatable {_default('age')}.")
+@click.option(
+    "--at",
+    nargs=3,
+    type=(float, _POSITIVE, _POSITIVE),
+    default=AT,
+    show_default=True,
+    metavar="MARGIN TIES AGE",
+    help="What the two others are while one is varied.",
+)
+@click.option("--length", type=_POSITIVE, help=f"Of the stream, in tokens {_default('length')}.")
+@click.option("--window", type=_POSITIVE, default=256, show_default=True, help="Of the methods that have one.")
+@click.option("--sinks", type=_POSITIVE, default=4, show_default=True, help="Of the method that has some.")
+@click.option("--degree", multiple=True, type=click.IntRange(min=0), help=f"Of the series; repeatable {[*DEGREES]}.")
+@click.option("--method", multiple=True, help="Measure this one only, by its name in the tables; repeatable [all].")
+@click.option("--head-dim", type=_POSITIVE, default=Settings.head_dim, show_default=True, help="Of keys and values.")
+@click.option("--spread", type=float, default=Settings.spread, show_default=True, help="Of the background's scores.")
+@click.option("--mean", type=float, default=Settings.mean, show_default=True, help="Of the background's scores.")
+@click.option("--heads", type=_POSITIVE, help=f"Of a sequence {_default('heads')}.")
+@click.option("--seeds", type=_POSITIVE, help=f"Sequences to measure on {_default('seeds')}.")
+@click.option("--seed", type=click.IntRange(min=0), default=Settings.seed, show_default=True, help="Of the first.")
+@click.option("--threads", type=_POSITIVE, help="Of PyTorch [as PyTorch chooses].")
+@click.option("--backend", default=Settings.backend, show_default=True, help="As attention(backend=...) takes it.")
+@click.option("--out", "folder", type=click.Path(file_okay=False), default="runs/needles", show_default=True)
+@click.option("--resume", is_flag=True, help="Keep the results that OUT has of the same settings; measure the others.")
+@click.option("--quick", is_flag=True, help="Shorter streams and fewer points, where no options say which.")
+@json_option
+def needles(folder: str, resume: bool, quick: bool, as_json: bool, **asked: Any) -> None:
+    """Measure how far outputs are from softmax where a few keys, the needles, stand out of random background.
+
+    Three sweeps: the needles' margin over the background's mean score (at an age outside of the window and inside),
+    their number, and their age. Ends with tables of medians, a line of JSON, and OUT/{results.jsonl, needles.png};
+    about 3 minutes on one core, or --quick.
+    """
+    defaults = QUICK if quick else FULL
+    asked = {name: defaults.get(name, value) if value in (None, ()) else value for name, value in asked.items()}
+    window, at = asked.pop("window"), Case(*asked.pop("at"))
+    sweeps = plan_sweeps(at, asked.pop("margin"), asked.pop("ties"), asked.pop("age"), window)
+    methods = make_methods(window, asked.pop("sinks"), sorted(set(asked.pop("degree") or DEGREES)), asked["head_dim"])
+    asked["threads"] = asked["threads"] or torch.get_num_threads()
+    settings = Settings(_choose(methods, asked.pop("method")), **asked)
+    cases = in_order(sweeps)
+    check(cases, settings)
+    target = make_folder(folder)
+    journal = Journal(target / "results.jsonl", settings, Result.from_dict, resume=resume)
+    try:
+        results = _measure_all(cases, Bench(settings), journal)
+    except KeyboardInterrupt:
+        message = f"stopped; {folder} keeps what is measured: go on with --resume"
+        err().print(message, markup=False, soft_wrap=True)
+        sys.exit(130)
+    summary = _summarise(settings, sweeps, results, target)
+    if not as_json:
+        _report(summary, sweeps, results)
+    emit_json(summary)
+
+
+def _choose(methods: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    unknown = [name for name in names if name not in methods]
+    expect(not unknown, "--method", f"one of {', '.join(methods)}", ", ".join(unknown))
+    return {name: options for name, options in methods.items() if name in names or not names}
+
+
+def _measure_all(cases: Sequence[Case], bench: Bench, journal: Journal[Result]) -> dict[Case, Result]:
+    """The results of all cases, those of the journal as they are; a line for each where stderr is no terminal."""
+    console, bar, results = err(), progress_bar(), {}
+    task = bar.add_task("measuring", total=len(cases))
+    with bar:
+        for case in cases:
+            bar.update(task, description=_describe(case))
+            found = journal.find(case)
+            if found is None:
+                found = bench.measure(case)
+                journal.append(found)
+                if not console.is_terminal:
+                    errors = ", ".join(f"{name} {_number(found.quartiles(name)[1])}" for name in found.errors)
+                    console.print(f"{_describe(case)}: {errors}", markup=False, soft_wrap=True)
+            results[case] = found
+            bar.advance(task)
+    return results
+
+
+def _describe(case: Case) -> str:
+    return f"margin {case.margin:g}, ties {case.ties:,}, age {case.age:,}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}"
+
+
+def _summarise(
+    settings: Settings, sweeps: Sequence[Sweep], results: Mapping[Case, Result], folder: Path
+) -> dict[str, Any]:
+    """Everything that the run found, with its figure drawn."""
+    try:
+        figure = str(needles_figure.draw(folder / "needles.png", sweeps, results, settings))
+        missing = None
+    except MissingDependencyError as error:
+        figure, missing = None, str(error)
+    return {
+        "settings": asdict(settings),
+        "bytes_per_head": {name: state_bytes(each, settings.head_dim) for name, each in settings.methods.items()},
+        "sweeps": [asdict(sweep) for sweep in sweeps],
+        "results": [_brief(result) for result in results.values()],
+        "figure": figure,
+        "no_figure": missing,
+        "out": str(folder),
+    }
+
+
+def _brief(result: Result) -> dict[str, Any]:
+    """A result without the errors of single streams, which are in results.jsonl."""
+    return {name: value for name, value in result.to_dict().items() if name != "errors"}
+
+
+def _report(summary: dict[str, Any], sweeps: Sequence[Sweep], results: Mapping[Case, Result]) -> None:
+    """Print a table per sweep, what the numbers are, and where the files are."""
+    console = out()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)
+    for sweep in sweeps:
+        console.print(_table(sweep, [results[case] for case in sweep.cases], summary["bytes_per_head"]))
+    settings = summary["settings"]
+    figure = summary["figure"]
+    for line in (
+        f"||y - softmax|| / ||softmax|| of the last of {settings['length']:,} tokens, medians over "
+        f"{settings['heads'] * settings['seeds']} streams; background scores {settings['mean']:g} +- "
+        f"{settings['spread']:g}. bytes: of the state, per sequence and head. wide window D: as many bytes as "
+        "window + taylor D takes, all of them in a window.",
+        f"no figure: {summary['no_figure']}" if figure is None else f"figure: {figure}",
+        f"results: {summary['out']}",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _table(sweep: Sweep, results: Sequence[Result], nbytes: Mapping[str, int]) -> Table:
+    """A row per method, a column per case; first what softmax gives to the needles."""
+    columns = (COLUMN[sweep.name].format(case) for case in sweep.cases)
+    shown = table(_title(sweep, sweep.cases[0]), "", "bytes", *columns)
+    shown.add_row("softmax's weight of the needles", "", *(_number(result.weight) for result in results))
+    shown.add_section()
+    for name in results[0].errors:
+        shown.add_row(name, size(nbytes[name]), *(_number(result.quartiles(name)[1]) for result in results))
+    return shown
+
+
+def _title(sweep: Sweep, case: Case) -> str:
+    fixed = {
+        MARGIN: f"needles: {case.ties:,}, age {case.age:,}",
+        TIES: f"margin {case.margin:g}, age {case.age:,}",
+        AGE: f"needles: {case.ties:,}, margin {case.margin:g}",
+    }
+    return f"Error by {sweep.name} ({fixed[sweep.name]}{', in the window' if sweep.inside else ''})"
