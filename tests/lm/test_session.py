@@ -29,7 +29,7 @@ def build(attention: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
 @pytest.fixture(params=["taylor", "softmax", "window"])
 def model(request: pytest.FixtureRequest) -> LanguageModel:
     if request.param == "window":
-        return build("taylor", window=24, sinks=2)
+        return build("taylor", window=24, sinks=2, heavy=4)
     return build(request.param)
 
 

@@ -40,6 +40,7 @@ def _setting(flag: str, field: str, help: str, **options: Any) -> Callable[[Any]
 @degree_option(default=_DEFAULTS["degree"], show_default=True, help="Where the series is cut; an even one, or none.")
 @_setting("--window", "window", "Latest tokens that are attended to exactly.")
 @_setting("--sinks", "sinks", "First tokens that are attended to exactly.")
+@_setting("--heavy", "heavy", "Weightiest tokens that are, beside these.")
 @_setting("--reading", "reading", "How all other scores are read.", type=click.Choice(READINGS))
 @_setting("--layers", "num_layers", "Blocks.")
 @_setting("--width", "d_model", "Width of the residual stream.")

@@ -26,7 +26,7 @@ class TaylorAttention(Attention):
     Args:
         degree: of the truncated series; an even one is positive everywhere, and the one to train with. None, with a
             window or sinks: what is not near is forgotten.
-        window, sinks: latest and first tokens that are attended to exactly (causal layers only).
+        window, sinks, heavy: latest, first and weightiest tokens that are attended to exactly (causal layers only).
         reading: how the others' scores are read, "taylor" or (causal layers only) "fitted": see `attention`.
         center_keys: subtract a learned vector per key/value head, `key_center`, from the keys (after norm and
             rotation). To softmax it is nothing, as all scores of a query change alike; a series it moves to where the
@@ -46,16 +46,17 @@ class TaylorAttention(Attention):
         degree: int | None = 2,
         window: int = 0,
         sinks: int = 0,
+        heavy: int = 0,
         reading: str = "taylor",
         center_keys: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_heads, num_kv_heads, head_dim, value_dim, **options)
-        check_reach(degree, window, sinks)
+        check_reach(degree, window, sinks, heavy)
         expect(self.causal or window + sinks == 0, "causal", "True with a window or sinks", self.causal)
         check_reading(reading, None, self.causal)
         check_center_keys(center_keys)
-        self.degree, self.window, self.sinks, self.reading = degree, window, sinks, reading
+        self.degree, self.window, self.sinks, self.heavy, self.reading = degree, window, sinks, heavy, reading
         self.key_center = nn.Parameter(torch.zeros(self.num_kv_heads, self.head_dim)) if center_keys else None
 
     def new_state(
@@ -71,6 +72,7 @@ class TaylorAttention(Attention):
             self.degree,
             window=self.window,
             sinks=self.sinks,
+            heavy=self.heavy,
             scale=self.scale,
             dtype=torch.promote_types(weight.dtype, torch.float32) if dtype is None else dtype,
             device=weight.device if device is None else device,
@@ -89,6 +91,7 @@ class TaylorAttention(Attention):
             "degree": self.degree,
             "window": self.window,
             "sinks": self.sinks,
+            "heavy": self.heavy,
             "reading": self.reading,
             "causal": self.causal,
             "scale": self.scale,

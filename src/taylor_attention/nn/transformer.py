@@ -30,8 +30,8 @@ class ModelConfig:
         num_layers: blocks.
         num_heads, num_kv_heads, head_dim, value_dim, qk_norm, rope, rope_base, decay: see `TaylorAttention`.
         attention: "taylor" or "softmax".
-        degree, window, sinks, reading, center_keys: see `TaylorAttention`; a softmax model keeps them unused, so that
-            twins differ in one field.
+        degree, window, sinks, heavy, reading, center_keys: see `TaylorAttention`; a softmax model keeps them unused, so
+            that twins differ in one field.
         mlp_ratio: hidden width of the MLP over d_model.
     """
 
@@ -46,6 +46,7 @@ class ModelConfig:
     degree: int | None = 2
     window: int = 0
     sinks: int = 0
+    heavy: int = 0
     reading: str = "taylor"
     center_keys: bool = False
     qk_norm: bool = True
@@ -62,7 +63,7 @@ class ModelConfig:
         expect(
             isinstance(self.mlp_ratio, (int, float)) and self.mlp_ratio > 0, "mlp_ratio", "a number > 0", self.mlp_ratio
         )
-        check_reach(self.degree, self.window, self.sinks)
+        check_reach(self.degree, self.window, self.sinks, self.heavy)
         check_reading(self.reading, None, True)
         check_center_keys(self.center_keys)
         check_decay(self.decay)
@@ -74,7 +75,7 @@ class ModelConfig:
         options: dict[str, Any] = {name: getattr(self, name) for name in ("qk_norm", "rope", "rope_base", "decay")}
         if self.attention == "softmax":
             return SoftmaxAttention(*sizes, **options)
-        for name in ("degree", "window", "sinks", "reading", "center_keys"):
+        for name in ("degree", "window", "sinks", "heavy", "reading", "center_keys"):
             options[name] = getattr(self, name)
         return TaylorAttention(*sizes, **options)
 
