@@ -21,7 +21,7 @@ from taylor_attention.ops.reference import attention_reference
 class Problem:
     """One call of attention. `along` holds what is cut together with the tokens: key_padding_mask and log_decay.
 
-    `options` holds the rest: causal, scale, series, window, sinks, reading.
+    `options` holds the rest: causal, scale, series, window, sinks, heavy, reading. The oracle knows no heavy tokens.
     """
 
     query: Tensor
@@ -77,7 +77,7 @@ class Problem:
         """The state before the first token."""
         batch, heads, _, head_dim = self.key.shape
         dtype = torch.float64 if self.key.dtype == torch.float64 else torch.float32
-        given = self._given("scale", "window", "sinks")
+        given = self._given("scale", "window", "sinks", "heavy")
         return ta.State.zeros(batch, heads, head_dim, self.value.shape[3], self.degree, dtype=dtype, **given)
 
     def _given(self, *names: str) -> dict[str, Any]:

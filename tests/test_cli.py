@@ -22,6 +22,7 @@ from taylor_attention.lm.checkpoint import load_checkpoint, save_checkpoint
 from taylor_attention.lm.session import Session
 from taylor_attention.nn import LanguageModel, ModelConfig
 
+COMMANDS = ["plan", "bench", "needles", "train", "generate", "eval", "demo"]
 PLAN = ["plan", "--heads", "32", "--kv-heads", "8", "--head-dim", "64", "--degree", "2", "--layers", "24"]
 PLAN += ["--context", "1000000"]
 SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--steps", "6", "--batch", "2", "--length", "16"]
@@ -61,7 +62,7 @@ def checkpoint(request: pytest.FixtureRequest, folder: Path) -> Path:
 # ---- help and errors
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["bench"], ["train"], ["generate"], ["eval"], ["demo"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_everywhere(command: list[str]):
     shown = ok(*command, "--help").stdout
     assert shown.startswith("Usage:")
@@ -70,7 +71,7 @@ def test_help_everywhere(command: list[str]):
 
 def test_without_a_command_the_commands_are_listed():
     shown = ok().stdout
-    assert all(f"\n  {name} " in shown for name in ("plan", "bench", "train", "generate", "eval", "demo"))
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
 
 
 # {folder} is the fixture's folder; each case: what the one line must contain, and the arguments.
@@ -91,11 +92,16 @@ MISUSE = {
     "bench: no such rival": ("--against: expected a file that", "bench", "--against", "{folder}/none.py:rival"),
     "bench: a rival twice": ("different names", "bench", "--against", "json:dumps", "--against", "json:dumps"),
     "bench: out": ("--out", "bench", "--out", "{folder}/noise"),
+    "needles: age": ("--age: expected a needle within the 102,400 tokens", "needles", "--age", "102400"),
+    "needles: method": ("--method: expected one of taylor 2,", "needles", "--method", "magic"),
+    "needles: backend": ("backend: expected one of", "needles", "--backend", "none"),
+    "needles: out": ("--out", "needles", "--out", "{folder}/noise"),
     "train: no text": ("TEXT: expected", "train", "--out", "{folder}/run"),
     "train: no such text": ("{folder}/none", "train", "{folder}/none", "--out", "{folder}/run"),
     "train: degree": ("degree: expected", "train", "{folder}/text.txt", "--out", "{folder}/run", "--degree", "-2"),
     "train: steps": ("steps: expected", "train", "{folder}/text.txt", "--out", "{folder}/run", "--steps", "0"),
     "train: attention": ("--attention", "train", "{folder}/text.txt", "--out", "{folder}/run", "--attention", "none"),
+    "train: reading": ("--reading", "train", "{folder}/text.txt", "--out", "{folder}/run", "--reading", "exact"),
     "train: nothing to resume": ("{folder}/run", "train", "--resume", "--out", "{folder}/run"),
     "generate: no prompt": ("PROMPT: expected", "generate", "--model", "{folder}/taylor"),
     "generate: empty prompt": ("PROMPT: expected at least one byte", "generate", "", "--model", "{folder}/taylor"),
@@ -365,6 +371,14 @@ def test_train_prints_a_summary(folder: Path, tmp_path: Path):
     shown = ok("train", folder / "text.txt", "--out", tmp_path / "run", *SMALL, "--attention", "softmax").stdout
     assert "bits/byte" in shown
     assert load_checkpoint(tmp_path / "run" / "model.safetensors")[0].config.attention == "softmax"
+
+
+def test_train_reads_scores_as_it_is_told(folder: Path, tmp_path: Path):
+    ok("train", folder / "text.txt", "--out", tmp_path / "run", *SMALL, "--reading", "fitted", "--window", 4)
+    made = tmp_path / "run" / "model.safetensors"
+    assert load_checkpoint(made)[0].config.reading == "fitted"
+    ok("generate", "hi", "-n", 3, "--model", made)
+    assert load_checkpoint(folder / "taylor")[0].config.reading == "taylor"
 
 
 def test_ctrl_c_while_training_saves_and_resume_goes_on_as_if_never_stopped(folder: Path, tmp_path: Path):

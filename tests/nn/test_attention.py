@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from taylor_attention.errors import ArgumentError
@@ -28,18 +28,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no rope, odd width": {"rope": False, "head_dim": 3},
     "no norm": {"qk_norm": False},
     "bias and scale": {"bias": True, "scale": 0.3},
-    "window and sinks": {"window": 4, "sinks": 2, "decay": "token", "num_kv_heads": 2},  # nothing to softmax
+    # nothing to softmax
+    "window and sinks": {"window": 4, "sinks": 2, "decay": "token", "num_kv_heads": 2},
+    "fitted": {"reading": "fitted", "num_kv_heads": 2},
+    "fitted, window": {"reading": "fitted", "window": 3, "decay": "head"},
+    "centred keys": {"center_keys": True, "num_kv_heads": 2, "decay": "head"},
 }
+TAYLORS = ("degree", "window", "sinks", "reading", "center_keys")
 
 
 def build(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Attention:
-    near = {name: options.pop(name, 0) for name in ("window", "sinks")}
-    degree = options.pop("degree", 2)
+    own = {name: options.pop(name) for name in TAYLORS if name in options}
     torch.manual_seed(1)
     sizes = {"num_kv_heads": None, "head_dim": 4} | options
-    if kind == "taylor":
-        return TaylorAttention(D_MODEL, 4, degree=degree, **near, **sizes).to(dtype)
-    return SoftmaxAttention(D_MODEL, 4, **sizes).to(dtype)
+    if kind == "softmax":
+        return SoftmaxAttention(D_MODEL, 4, **sizes).to(dtype)
+    layer = TaylorAttention(D_MODEL, 4, **own, **sizes).to(dtype)
+    if layer.key_center is not None:  # zeros are nothing to test with
+        nn.init.normal_(layer.key_center, std=0.3)
+    return layer
 
 
 def random(*shape: int) -> Tensor:
@@ -143,10 +150,14 @@ def test_a_long_series_is_softmax(options: dict[str, Any]):
     """With the same weights the twins agree to the series' error: nothing else differs, decay and rope included."""
     x = random(B, T, D_MODEL)
     taylor, softmax = build("taylor", degree=10, **options), build("softmax", **options)
-    softmax.load_state_dict(taylor.state_dict())
+    weights = taylor.state_dict()
+    weights.pop("key_center", None)  # to softmax it is nothing
+    softmax.load_state_dict(weights)
     for layer in (taylor, softmax):
         layer.scale = 0.2 * layer.head_dim**-0.5  # |s| <= 0.4 with the norm: 0.4^11 / 11! = 1e-12
     tolerance = 1e-11 if options.get("qk_norm", True) else 1e-6
+    if options.get("reading") == "fitted":  # about their mean, scores are up to 0.8: 0.8^11 / 11! = 2e-9
+        tolerance = 2e-9
     assert relative_error(taylor(x), softmax(x)) < tolerance
     coarse = build("taylor", degree=1, **options)
     coarse.scale = taylor.scale
@@ -230,6 +241,48 @@ def test_autocast_keeps_the_decay_exact(kind: str):
     assert relative_error(got, layer(x)) < 2 * TOLERANCE[torch.bfloat16]
 
 
+def test_a_fitted_layer_reads_equal_scores_exactly():
+    """Whatever they are: a fit is Taylor's series about their mean."""
+    x = random(B, 1, D_MODEL).expand(B, T, D_MODEL)
+    options = {"rope": False, "num_kv_heads": 2, "decay": "head"}
+    softmax = build("softmax", **options)
+    assert relative_error(build("taylor", reading="fitted", **options)(x), softmax(x)) < TIGHT
+    other = random(B, T, D_MODEL)
+    fitted, taylor = (build("taylor", reading=reading, **options)(other) for reading in ("fitted", "taylor"))
+    assert relative_error(fitted, taylor) > 1e-3
+
+
+@pytest.mark.parametrize("reading", ["taylor", "fitted"])
+def test_moving_all_keys_moves_taylors_reading_alone(reading: str):
+    """To a fit, as to softmax, a vector that all keys have in common is nothing."""
+    layer, x = build("taylor", center_keys=True, reading=reading, rope=False), random(B, T, D_MODEL)
+    before = layer(x)
+    with torch.no_grad():
+        layer.key_center += 1
+    assert (relative_error(layer(x), before) < TIGHT) == (reading == "fitted")
+    assert relative_error(layer.decode_(x, layer.new_state(B)), layer(x)) < TIGHT
+
+
+def test_a_center_starts_at_zero_and_belongs_to_taylor_layers_that_ask_for_it():
+    layer = TaylorAttention(D_MODEL, 2, 1, center_keys=True)
+    assert torch.equal(layer.key_center, torch.zeros(1, 6))
+    plain = TaylorAttention(D_MODEL, 2, 1)
+    assert layer.state_dict().keys() - plain.state_dict().keys() == {"key_center"}
+    plain.load_state_dict({name: x for name, x in layer.state_dict().items() if name != "key_center"})
+    x = torch.randn(B, T, D_MODEL)
+    assert torch.equal(layer(x), plain(x))
+    with pytest.raises(TypeError, match="center_keys"):
+        SoftmaxAttention(D_MODEL, 2, 1, center_keys=True)
+
+
+def test_autocast_keeps_the_keys_dtype():
+    layer, x = build("taylor", torch.float32, center_keys=True), torch.randn(1, 9, D_MODEL)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer(x)
+    assert got.dtype == torch.bfloat16
+    assert relative_error(got, layer(x)) < 4 * TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -242,6 +295,9 @@ def test_autocast_keeps_the_decay_exact(kind: str):
         ({"decay": "heads"}, "decay: expected None, 'head' or 'token', got 'heads'"),
         ({"scale": -1.0}, "scale: expected a number > 0, got -1.0"),
         ({"degree": 1.5}, "degree: expected an int >= 0, got 1.5"),
+        ({"reading": "exact"}, "reading: expected one of ('taylor', 'fitted'), got 'exact'"),
+        ({"reading": "fitted", "causal": False}, "causal: expected True with reading='fitted', got False"),
+        ({"center_keys": 1}, "center_keys: expected a bool, got 1"),
     ],
 )
 def test_misuse_is_named(change: dict[str, Any], message: str):

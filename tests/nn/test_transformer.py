@@ -49,6 +49,19 @@ def test_any_split_is_one_forward(attention: str, decay: str | None, cuts: list[
     assert [state.tokens.tolist() for state in states] == [[11, 11]] * 2
 
 
+@pytest.mark.parametrize("options", [{"reading": "fitted"}, {"reading": "fitted", "window": 3}, {"center_keys": True}])
+def test_how_scores_are_read_is_passed_to_all_layers(options: dict[str, Any]):
+    model, tokens = build("taylor", **options), text(2, 11)
+    for block in model.blocks:
+        assert block.attention.reading == options.get("reading", "taylor")
+        assert (block.attention.key_center is not None) == options.get("center_keys", False)
+    states = model.new_states(2)
+    decoded = torch.cat([model.decode_(part, states) for part in tokens.tensor_split([3, 4, 5], dim=1)], dim=1)
+    assert relative_error(decoded, model(tokens)) < TOLERANCE[torch.float64]
+    softmax = build("softmax", **options)  # keeps them unused
+    assert softmax.state_dict().keys() == build("softmax").state_dict().keys()
+
+
 def test_left_padding_changes_nothing(attention: str):
     model, tokens = build(attention), text(1, 6)
     padded = torch.cat([text(1, 3), tokens], dim=1)
@@ -132,7 +145,7 @@ def test_compiles_whole(attention: str):
 
 
 def test_configuration_goes_through_a_dictionary():
-    config = ModelConfig(attention="softmax", num_kv_heads=4, decay=None, value_dim=8)
+    config = ModelConfig(attention="softmax", num_kv_heads=4, decay=None, value_dim=8, reading="fitted")
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
@@ -144,6 +157,8 @@ def test_configuration_goes_through_a_dictionary():
         ({"attention": "linear"}, "attention: expected 'taylor' or 'softmax', got 'linear'"),
         ({"num_kv_heads": 5}, "num_kv_heads: expected a divisor of num_heads = 8, got 5"),
         ({"degree": -2}, "degree: expected an int >= 0, got -2"),
+        ({"reading": "exp"}, r"reading: expected one of \('taylor', 'fitted'\), got 'exp'"),
+        ({"center_keys": "yes"}, "center_keys: expected a bool, got 'yes'"),
         ({"decay": "yes"}, "decay: expected None, 'head' or 'token', got 'yes'"),
         ({"mlp_ratio": 0}, "mlp_ratio: expected a number > 0, got 0"),
     ],

@@ -129,11 +129,11 @@ def test_one_call_is_the_definition(backend, kind, reach):
     assert relative_error(problem.to(torch.float64).solve(backend=backend), expected) < EXACT
 
 
-@ROWS
+@EITHER
 @paired(CASES[::2])
-def test_one_call_in_single_precision(backend, kind, reach):
+def test_one_call_in_single_precision(kind, reach):
     problem, expected = solved(kind, reach)
-    assert relative_error(problem.solve(backend=backend), expected) < TOLERANCE[torch.float32]
+    assert relative_error(problem.solve(), expected) < TOLERANCE[torch.float32]
 
 
 @EITHER
@@ -239,16 +239,15 @@ def test_packed_sequences_are_decoded_on(kind, reach):
 
 
 def test_compiled_whole_it_is_the_same():
-    degree = 3
-    problem = problem_of("decay and holes", (3, 1, degree), batch=1, length=9)
+    """An odd degree, which also counts what makes a normaliser safe."""
+    problem = problem_of("plain", (3, 1, 3), batch=1, heads=1, length=7)
 
-    def answer(query, key, value, log_decay):
-        options = {**problem.options, "key_padding_mask": problem.along["key_padding_mask"]}
-        return ta.attention(query, key, value, degree=degree, log_decay=log_decay, **options)
+    def answer(query, key, value):
+        return ta.attention(query, key, value, degree=3, **problem.options)
 
     torch.compiler.reset()
     compiled = torch.compile(answer, fullgraph=True, backend="aot_eager")
-    assert relative_error(compiled(*problem.inputs), problem.solve()) < EXACT
+    assert relative_error(compiled(*problem.arguments), problem.solve()) < EXACT
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -348,7 +347,7 @@ def measured_error(std, mean, degree, reading):
 
 @EITHER
 @pytest.mark.parametrize(("std", "degree"), [(0.5, 2), (1.0, 2), (0.5, 3), (1.2, 3), (0.5, 4), (1.0, 4), (1.4, 4)])
-@pytest.mark.parametrize("mean", [-2.0, 0.0, 1.5])
+@pytest.mark.parametrize("mean", [-2.0, 1.5])
 def test_the_error_of_normal_scores_is_the_expected_one(std, degree, mean):
     """Up to the variance D/2 that a fit counts; whatever the mean."""
     expected = ta.expected_error(std, degree, mean=mean, fitted=True)
@@ -357,17 +356,17 @@ def test_the_error_of_normal_scores_is_the_expected_one(std, degree, mean):
 
 @EITHER
 @pytest.mark.parametrize(("std", "degree"), [(0.5, 2), (1.0, 2), (1.5, 2), (0.5, 4), (1.5, 4)])
-@pytest.mark.parametrize("mean", [-2.0, 0.0, 1.5])
+@pytest.mark.parametrize("mean", [-2.0, 1.5])
 def test_the_error_of_taylors_reading_is_the_expected_one(std, degree, mean):
     expected = ta.expected_error(std, degree, mean=mean)
     assert measured_error(std, mean, degree, "taylor") == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("degree", [2, 4, 6])
-@pytest.mark.parametrize("std", [0.5, 1.0, 1.25, 1.5])
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("std", [0.5, 1.0, 1.5])
 @pytest.mark.parametrize("mean", [-2.0, 0.0, 2.0])
 def test_a_fit_is_better_than_taylors_series(std, mean, degree):
-    """Also where it does not count all of the variance."""
+    """Also where it does not count all of the variance, as of a spread of 1.5 at degree 2."""
     assert measured_error(std, mean, degree, "fitted") < 0.95 * measured_error(std, mean, degree, "taylor")
 
 
@@ -385,7 +384,7 @@ def test_without_far_keys_it_is_softmax(way, reach):
 @EITHER
 @pytest.mark.parametrize("degree", [2, 4, 8])
 @given(scores=st.lists(st.floats(-6, 6), min_size=1, max_size=24))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_normaliser_of_an_even_degree_is_positive(degree, scores):
     """Of every query, one score more each: the sink of weight 1 has a share of 1 / (1 + Z)."""
     share = scored([0.0, *scores], degree=degree, sinks=1).solve()[0, 0, 1:, 0]
@@ -434,10 +433,10 @@ def test_in_training_it_is_an_error():
 
 @EITHER
 @BOTH
-def test_an_exact_key_makes_the_normaliser_safe(way):
-    problem = scored([*ALONE, 12.0], degree=3, window=1)
-    y = way(problem.part(0, 20))
-    assert bool(y.isfinite().all())
+@pytest.mark.parametrize("score", [12.0, 800.0])
+def test_an_exact_key_makes_the_normaliser_safe(way, score):
+    """One that exp of is too large for float64, too."""
+    problem = scored([*ALONE, score], degree=3, window=1)
     last = replace(problem, query=F.one_hot(torch.tensor(21), 22).double().view(1, 1, -1, 1))
     assert relative_error(way(last), last.oracle()) < EXACT
 
@@ -464,16 +463,15 @@ def test_large_offsets_do_not_overflow(way, reach, offset):
 
 
 @EITHER
-@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-@pytest.mark.parametrize("which", ["query", "key", "value"])
+@pytest.mark.parametrize(("which", "bad"), [("query", torch.inf), ("key", -torch.inf), ("value", torch.nan)])
 @pytest.mark.parametrize("reach", [(0, 0, 2), (5, 2, 2)], ids=name)
-@pytest.mark.parametrize("way", [decoded, lambda p: carry(p, [3, 14])[0]], ids=["decoding", "pieces"])
+@pytest.mark.parametrize("way", [decoded, lambda p: carry(p, [3, 10])[0]], ids=["decoding", "pieces"])
 def test_what_is_not_finite_spoils_the_rows_that_see_it_and_no_other_bit(way, reach, which, bad):
-    problem = problem_of("groups", reach, length=19)
+    problem = problem_of("groups", reach, length=15)
     tensor = getattr(problem, which).clone()
-    tensor[1, 0, 12, 1] = bad
+    tensor[1, 0, 8, 1] = bad
     rows = torch.zeros(problem.query.shape[:3], dtype=torch.bool)
-    rows[1, slice(0, 1 if which == "query" else 3), slice(12, 13 if which == "query" else 19)] = True
+    rows[1, slice(0, 1 if which == "query" else 3), slice(8, 9 if which == "query" else 15)] = True
     clean, y = way(problem), way(replace(problem, **{which: tensor}))
     assert torch.equal(y.isnan(), rows[..., None].expand_as(y))
     assert torch.equal(y[~rows], clean[~rows])

@@ -69,10 +69,17 @@ def _is_count(x: object) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
 
-def needed_bytes(rows: int, head_dim: int, columns: int, degree: int | None, slots: int, dtype: torch.dtype) -> int:
-    """Bytes of the moments with their compensation and of the near tokens, for so many batch x key/value heads."""
-    moments = 2 * columns * moment_count(head_dim, degree)
-    return rows * (dtype.itemsize * (moments + slots * (head_dim + columns)) + 8 * slots)
+def needed_bytes(
+    rows: int, head_dim: int, columns: int, degree: int | None, near: tuple[int, int, int], dtype: torch.dtype
+) -> int:
+    """Bytes of the moments with their compensation, and of near tokens: window, sinks and heavy ones.
+
+    Rows are batch x key/value heads; a sink has one float64 beside its key and value, the others two.
+    """
+    window, sinks, heavy = near
+    slots, numbers = sum(near), 2 * window + sinks + 2 * heavy
+    elements = 2 * columns * moment_count(head_dim, degree) + slots * (head_dim + columns)
+    return rows * (dtype.itemsize * elements + 8 * numbers)
 
 
 def check_state_bytes(needed: int, allowed: int, degree: int | None) -> None:
@@ -146,7 +153,7 @@ class State:
         expect(dtype in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", dtype)
         columns = value_dim + 1
         shape = (batch_size, kv_heads, columns, moment_count(head_dim, degree))
-        needed = needed_bytes(batch_size * kv_heads, head_dim, columns, degree, window + sinks + heavy, dtype)
+        needed = needed_bytes(batch_size * kv_heads, head_dim, columns, degree, (window, sinks, heavy), dtype)
         check_state_bytes(needed, max_state_bytes, degree)
         sums = torch.zeros(shape, dtype=dtype, device=device)
         tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)

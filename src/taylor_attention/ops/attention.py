@@ -148,7 +148,7 @@ def attention(
         check_data(cu_seqlens, log_decay, shapes.keys)
     if return_state:
         rows, columns = shapes.sequences * shapes.kv_heads, shapes.value_dim + 1
-        needed = needed_bytes(rows, shapes.head_dim, columns, degree, window + sinks + heavy, shapes.sum_dtype)
+        needed = needed_bytes(rows, shapes.head_dim, columns, degree, (window, sinks, heavy), shapes.sum_dtype)
         check_state_bytes(needed, max_state_bytes, degree)
     start = None if state is None else state.folded()
     coefficients, positive = resolve(check_series(series), degree)
@@ -158,7 +158,7 @@ def attention(
     near, seen, fitted = None, None, reading == "fitted"
     if window or sinks or fitted:
         if state is None and not return_state:
-            sinks = min(sinks, shapes.keys)
+            sinks, heavy = min(sinks, shapes.keys), min(heavy, shapes.keys)
         sequence = Sequence(q * scale, k, v, key_padding_mask, gates, start, window, sinks, heavy, backend)
         found = attend_hybrid(
             sequence,

@@ -66,9 +66,12 @@ class Far:
             end, dropped = (x[:, :, :-1].contiguous() for x in (end, dropped)) if keep else (end, dropped)
         return pad(out, (0, 0, self.first, 0)), end, dropped
 
-    @torch.no_grad()
     def count(self, backend: str) -> Tensor:
         """How many far keys each query sees, faded ones for less: [B, Hq, T]."""
+        with torch.no_grad():
+            return self._count(backend)
+
+    def _count(self, backend: str) -> Tensor:
         group = self.query.shape[1] // self.key.shape[1]
         if not self.weighted:
             shown = self.key.new_ones(self.key.shape[0], 1, self.key.shape[2])

@@ -29,13 +29,15 @@ def attention_received(sequence: Sequence) -> Tensor:
     key, visible, gates = sequence.ext_key, sequence.ext_visible, sequence.ext_gates  # kept by it, gradients and all
     totals, none = sequence.totals, (None, None, None, None, None)  # no sinks
     with torch.no_grad():
-        value = key.new_zeros(*key.shape[:3], 1)
-        arguments = (sequence.query, key, value, None, visible, gates, *none, sequence.window, sequence.backend)
+        silent = ~sequence.query.isfinite().all(-1, keepdim=True)  # [B, Hq, T, 1], queries that do not count
+        if sequence.visible is not None:
+            silent = silent | ~sequence.visible[:, None, :, None]
+        query, value = sequence.query.masked_fill(silent, 0), key.new_zeros(*key.shape[:3], 1)
+        arguments = (query, key, value, None, visible, gates, *none, sequence.window, sequence.backend)
         out, top = attend_near(*arguments)
         grad = torch.zeros_like(out)
         grad[..., 0] = torch.where(out[..., -1] > 0, 1 / out[..., -1], 0)
-        if sequence.visible is not None:
-            grad = grad.masked_fill(~sequence.visible[:, None, :, None], 0)  # hidden queries do not count
+        grad.masked_fill_(silent, 0)
         found = attend_near_backward(grad, out, top, *arguments)[2][..., 0].to(wide_dtype(key.device))
         if sequence.start is None or sequence.before is None:
             return found
@@ -62,9 +64,9 @@ class Choice:
     holder: Tensor
     priority: Tensor
 
-    def unflatten(self, batch: int) -> Choice:
+    def unflatten(self, batch: int, heads: int) -> Choice:
         """The same with rows as [batch, heads]."""
-        return Choice(*(x.unflatten(0, (batch, -1)) for x in vars(self).values()))
+        return Choice(*(x.unflatten(0, (batch, heads)) for x in vars(self).values()))
 
 
 @torch.no_grad()
@@ -163,7 +165,7 @@ def find_contest(sequence: Sequence) -> Contest:
         torch.cat([near.heavy_key.mT, key], 2),
         torch.cat([near.heavy_value.mT, columns], 2),
         torch.cat([near.heavy_log_decay, totals], 2),
-        choice.unflatten(len(key)),
+        choice.unflatten(*key.shape[:2]),
         received,
         sequence.first,
     )

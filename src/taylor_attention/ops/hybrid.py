@@ -126,7 +126,7 @@ def _attend_compacted(sequence: Sequence, solve: Callable[[Sequence], Found]) ->
     order = sequence.visible.long().argsort(dim=-1, stable=True)  # [B, T]
 
     def move(x: Tensor, order: Tensor) -> Tensor:
-        index = order.view(len(order), 1, -1, *[1] * (x.ndim - 3))
+        index = order.view(len(order), 1, order.shape[1], *[1] * (x.ndim - 3))
         return x.gather(2, index.expand(-1, x.shape[1], -1, *x.shape[3:]))
 
     found = solve(

@@ -15,7 +15,8 @@ SAFE_SHARE = 1e-3
 
 _ADVICE = (
     "the truncated series is negative for some scores, and the normaliser of {count:,} queries is not safely positive: "
-    "use an even degree of exp (positive everywhere), or make the scores smaller (scale, QK-norm)"
+    "use an even degree of exp (positive everywhere), or make the scores smaller (scale, QK-norm, a constant taken off "
+    "all keys)"
 )
 
 
@@ -39,13 +40,19 @@ def divide(out: Tensor, empty: Tensor) -> Tensor:
 def divide_checked(out: Tensor, seen: Tensor, constant: float) -> Tensor:
     """As `divide`; NaN rows where Z is not safely positive, and an error if gradients are recorded."""
     unsafe = ~(out[..., -1] > SAFE_SHARE * abs(constant) * seen) & (seen != 0)
-    if not torch.compiler.is_compiling():
-        count = int(unsafe.sum())
-        if count and out.requires_grad:
-            raise NormaliserError(_ADVICE.format(count=count))
-        if count:
-            warn_unsafe(count)
+    report_unsafe(unsafe, out)
     return divide(out, seen == 0).masked_fill(unsafe.unsqueeze(-1), torch.nan)
+
+
+def report_unsafe(unsafe: Tensor, out: Tensor) -> None:
+    """Say how many rows are unsafe: an error if gradients of `out` are recorded; nothing while a tracer looks."""
+    if torch.compiler.is_compiling():
+        return
+    count = int(unsafe.sum())
+    if count and out.requires_grad:
+        raise NormaliserError(_ADVICE.format(count=count))
+    if count:
+        warn_unsafe(count)
 
 
 def warn_unsafe(count: int) -> None:

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from ..core.series import fitted_gaussian
-from .normaliser import SAFE_SHARE
+from .normaliser import SAFE_SHARE, report_unsafe
 
 READINGS = ("taylor", "fitted")
+
+_LARGEST_SHARE_OF_ROUNDING = 1e-2
+"""Of a normaliser: beyond that it is not known well enough."""
 
 
 def power(degree: int) -> tuple[float, ...]:
@@ -27,23 +30,25 @@ def power(degree: int) -> tuple[float, ...]:
     return (*[0.0] * degree, 1.0)
 
 
-@lru_cache(maxsize=64)
 def largest_variance(degree: int) -> float:
     """The variance up to which the fit of an even degree is positive everywhere, whatever the scores.
 
     An odd degree has that of the even one below.
     """
-    degree -= degree % 2
-    low, high = 0.0, float(degree)
-    while degree and high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (
-            (middle, high) if fitted_gaussian(0, math.sqrt(middle), degree).is_positive(degree) else (low, middle)
-        )
-    return low
+    return _largest_variance(degree - degree % 2)
 
 
 largest_variance._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in `normaliser`
+
+
+@lru_cache(maxsize=64)
+def _largest_variance(degree: int) -> float:
+    low, high = 0.0, float(degree)
+    while degree and high - low > 1e-6:
+        middle = (low + high) / 2
+        fits = fitted_gaussian(0, math.sqrt(middle), degree).is_positive(degree)
+        low, high = (middle, high) if fits else (low, middle)
+    return low
 
 
 def fit(powers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -56,7 +61,11 @@ def fit(powers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         powers: P_0 .. P_D, [..., E] each.
 
     Returns:
-        [..., E] and [...]; zeros where a query sees no far key.
+        [..., E] and [...]; zeros where a query sees no far key; NaN where the powers, which are taken about zero,
+        cancel so far that rounding is left, and a warning.
+
+    Raises:
+        NormaliserError: there are such rows while gradients are being recorded.
     """
     degree = len(powers) - 1
     count = powers[0][..., -1]
@@ -69,7 +78,13 @@ def fit(powers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             found = _combine([each[..., -1:] for each in powers], _coefficients(mean, variance, degree))[..., 0]
             bad = ~(found > SAFE_SHARE * count)
         variance = torch.where(bad, variance.clamp(max=largest_variance(degree)), variance)
-    return _combine(powers, _coefficients(mean, variance, degree)), mean + variance / 2
+    coefficients = _coefficients(mean, variance, degree)
+    out = _combine(powers, coefficients)
+    with torch.no_grad():
+        sizes = sum((c.abs() * each[..., -1].abs() for each, c in zip(powers, coefficients, strict=True)), none)
+        lost = torch.finfo(out.dtype).eps * sizes > _LARGEST_SHARE_OF_ROUNDING * out[..., -1].abs()
+    report_unsafe(lost, out)
+    return torch.where(lost[..., None], torch.nan, out), mean + variance / 2
 
 
 def _coefficients(mean: Tensor, variance: Tensor, degree: int) -> list[Tensor]:

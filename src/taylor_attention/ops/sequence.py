@@ -7,7 +7,7 @@ new tokens take no place in a window: callers move them before all others (`hybr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,23 @@ from .problem import FULL_RESET
 
 NEVER = 2**62
 """A place after every token."""
+
+
+class _Once:
+    """A property that is computed once; functools.cached_property locks before Python 3.12, where no tracer follows."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.name, self.__doc__ = function, function.__name__, function.__doc__
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        found = owner.__dict__[self.name] = self.function(owner)
+        return found
+
+
+if TYPE_CHECKING:
+    once = property
+else:
+    once = _Once
 
 
 @dataclass(frozen=True)
@@ -50,17 +67,17 @@ class Sequence:
         """Places of ext before the new tokens."""
         return 0 if self.start is None else self.window
 
-    @cached_property
+    @once
     def ring(self) -> Tokens | None:
         """The ring at the start, oldest token first; None without a start."""
         return None if self.start is None or self.start.near is None else self.start.near.in_order(self.start.tokens)
 
-    @cached_property
+    @once
     def count(self) -> Tensor | int:
         """Visible new tokens, int64 [B], or the same for all."""
         return self.tokens if self.visible is None else self.visible.sum(-1)
 
-    @cached_property
+    @once
     def fading(self) -> Tensor | None:
         """The gates of the new tokens, 0 where hidden; None if nothing fades or has faded."""
         if self.gates is None:
@@ -68,7 +85,7 @@ class Sequence:
             return self.key.new_zeros(self.key.shape[:3]) if faded else None
         return self.gates if self.visible is None else self.gates.masked_fill(~self.visible[:, None], 0)
 
-    @cached_property
+    @once
     def totals(self) -> Tensor:
         """Log decay since the sequence began when each new token has come, [B, Hkv, T], in the wide type."""
         batch, heads, tokens, _ = self.key.shape
@@ -90,7 +107,7 @@ class Sequence:
 
     # ---- sinks -------------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @once
     def rank(self) -> Tensor:
         """Visible tokens of the sequence before each new one, int64 [B, T]."""
         shown = self.key.new_ones(self.key.shape[0], self.tokens, dtype=torch.int64)
@@ -98,13 +115,13 @@ class Sequence:
         before = shown.cumsum(-1) - shown
         return before if self.start is None else before + self.start.tokens[:, None]
 
-    @cached_property
+    @once
     def is_sink(self) -> Tensor:
         """Which new tokens are sinks, bool [B, T]."""
         first = self.rank < self.sinks
         return first if self.visible is None else first & self.visible
 
-    @cached_property
+    @once
     def sink_place(self) -> Tensor:
         """Where each sink stands among the new tokens, int64 [B, S]; T if it is none of them."""
         batch, tokens = self.rank.shape
@@ -112,7 +129,7 @@ class Sequence:
         place = slot.new_full((batch, self.sinks + 1), tokens)
         return place.scatter(1, slot, torch.arange(tokens, device=slot.device).expand(batch, -1))[:, : self.sinks]
 
-    @cached_property
+    @once
     def sink_from(self) -> Tensor:
         """The first query that sees each sink, int64 [B, S]."""
         absent = torch.full_like(self.sink_place, NEVER)
@@ -136,18 +153,18 @@ class Sequence:
         """What is near at the start."""
         return None if self.start is None else self.start.near
 
-    @cached_property
+    @once
     def sink_key(self) -> Tensor:
         """Keys [B, Hkv, S, d]."""
         return self._of_sinks(self.key, None if self.before is None else self.before.sink_key.mT)
 
-    @cached_property
+    @once
     def sink_value(self) -> Tensor:
         """Values with their one, [B, Hkv, S, E]."""
         new = with_one(self.key, self.value)
         return self._of_sinks(new, None if self.before is None else self.before.sink_value.mT)
 
-    @cached_property
+    @once
     def sink_totals(self) -> Tensor:
         """Log decay since the sequence began when each sink had come, [B, Hkv, S]."""
         return self._of_sinks(self.totals, None if self.before is None else self.before.sink_log_decay)
@@ -171,7 +188,7 @@ class Sequence:
         place = place[:, None].expand(-1, both.shape[1], -1)
         return both.gather(2, place if both.ndim == 3 else place[..., None].expand(-1, -1, -1, both.shape[3]))
 
-    @cached_property
+    @once
     def ext_visible(self) -> Tensor | None:
         """Which places hold a visible token that is no sink, bool [B, P + T]; None: all."""
         shown = self.visible
@@ -183,22 +200,22 @@ class Sequence:
             shown = self.key.new_ones(self.key.shape[0], self.tokens, dtype=torch.bool)
         return self.extend(self.ring.value[:, 0, -1] != 0, shown, 1)
 
-    @cached_property
+    @once
     def ext_key(self) -> Tensor:
         """Keys [B, Hkv, P + T, d]."""
         return self.extend(None if self.ring is None else self.ring.key.mT, self.key, 2)
 
-    @cached_property
+    @once
     def ext_value(self) -> Tensor:
         """Values [B, Hkv, P + T, dv]."""
         return self.extend(None if self.ring is None else self.ring.value[:, :, :-1].mT, self.value, 2)
 
-    @cached_property
+    @once
     def ext_totals(self) -> Tensor:
         """As `totals`, [B, Hkv, P + T]."""
         return self.extend(None if self.ring is None else self.ring.log_decay, self.totals, 2)
 
-    @cached_property
+    @once
     def ring_gates(self) -> Tensor | None:
         """Log decay from slot to slot of the ring, [B, Hkv, P]; None if nothing fades or there is no ring."""
         if self.fading is None or self.ring is None or not self.past:
@@ -206,7 +223,7 @@ class Sequence:
         steps = pad(self.ring.log_decay.diff(dim=-1), (1, 0)).to(self.fading.dtype)
         return steps.clamp(min=FULL_RESET)  # larger only from an empty slot to a token, which no pair of tokens spans
 
-    @cached_property
+    @once
     def ext_gates(self) -> Tensor | None:
         """Log decay from place to place, [B, Hkv, P + T]."""
         return None if self.fading is None else self.extend(self.ring_gates, self.fading, 2)
