@@ -234,7 +234,7 @@ def test_any_address_and_strides_of_everything(backend, layout, dtype, mode):
 def threads(monkeypatch):
     """A way to compute with a number of threads, however small the problem."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(compiled, "_threads", lambda *_: torch.get_num_threads())
+    monkeypatch.setattr(compiled, "count_threads", lambda *_: torch.get_num_threads())
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
