@@ -121,9 +121,10 @@ def _read_near_(q: Tensor, state: State, near: Near, visible: Tensor | None) -> 
     forgotten = (since < FORGOTTEN).flatten(0, 1)  # a maximum must not bring it back
     scores = scores.masked_fill(((value[:, -1] == 0) | forgotten)[:, None], -torch.inf)
     if near.heavy:
-        broken = ~near.key.isfinite().all(2).flatten(0, 1)[:, None]  # whoever sees such a key says nothing
+        # A query that is not finite, or sees such a key, tells nothing; its own row of the output is NaN all the same.
+        broken = ~near.key.isfinite().all(2).flatten(0, 1)[:, None]
         weights = scores[..., : near.window].masked_fill(broken, torch.nan).softmax(-1)
-        weights = weights.nan_to_num(nan=0.0).sum(1).view_as(near.received)
+        weights = weights.where(weights.isfinite(), 0).sum(1).view_as(near.received)
         near.received += weights if visible is None else weights.masked_fill(~visible[:, None, None], 0)
     top = scores.amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0, top)

@@ -75,6 +75,7 @@ def forward(inputs: NearInputs) -> tuple[Tensor, Tensor]:
         if far is not None:
             maximum = torch.maximum(maximum, _log_normaliser(far[rows, :, queries, -1]))
         largest = torch.finfo(maximum.dtype).max
+        # Finite whatever the query: one that is not finite makes NaN of its row of `out` below, and no key gives 0.
         maximum = maximum.nan_to_num(nan=0.0, posinf=largest, neginf=0.0)
         weights = (block.exponents - maximum.flatten(1)[..., None]).exp_()
         result = torch.bmm(weights, block.u).unflatten(1, shape[1:])

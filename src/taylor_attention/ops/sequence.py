@@ -139,14 +139,14 @@ class Sequence:
         return torch.where(self.sink_place < self.tokens, self.sink_place, absent)
 
     def _of_sinks(self, new: Tensor, before: Tensor | None) -> Tensor:
-        """The sinks' entries [B, Hkv, S, ...] of the new tokens [B, Hkv, T, ...], else what stood there before."""
-        batch, heads = new.shape[:2]
-        place = self.sink_place[:, None].expand(batch, heads, -1)
-        new = torch.cat([new, new.new_zeros(batch, heads, 1, *new.shape[3:])], 2)  # the last one stands for none
+        """The sinks' entries [B, Hkv, S, ...] of the new tokens [B, Hkv, T, ...], else what stood there, or 0."""
+        place = self.sink_place[:, None].expand(*new.shape[:2], -1)
         if new.ndim == 4:
             place = place[..., None].expand(-1, -1, -1, new.shape[3])
-        found = new.gather(2, place)
-        return found if before is None else torch.where(place < self.tokens, found, before)
+        stood = new.new_zeros(place.shape) if before is None else before
+        if self.tokens == 0:
+            return stood
+        return torch.where(place < self.tokens, new.gather(2, place.clamp(max=self.tokens - 1)), stood)
 
     @property
     def before(self) -> Near | None:
@@ -161,8 +161,9 @@ class Sequence:
     @once
     def sink_value(self) -> Tensor:
         """Values with their one, [B, Hkv, S, E]."""
-        new = with_one(self.key, self.value)
-        return self._of_sinks(new, None if self.before is None else self.before.sink_value.mT)
+        new = with_one(self._of_sinks(self.key, None), self._of_sinks(self.value, None))
+        stood = torch.zeros_like(new) if self.before is None else self.before.sink_value.mT
+        return torch.where((self.sink_place < self.tokens)[:, None, :, None], new, stood)
 
     @once
     def sink_totals(self) -> Tensor:
