@@ -30,8 +30,9 @@ run: setup ## Show what the library does: constant time and memory per token on 
 bench: setup ## Measure attention on this machine beside softmax (about 25 minutes; results in runs/bench)
 	@$(BIN)/taylor-attention bench
 
+# One process per core and one thread in each: tests of threads set their own number.
 test: lint ## Lint, types and every test that is not slow
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8
 
 slow: setup ## The slow tests
 	$(BIN)/python -m pytest -m slow
