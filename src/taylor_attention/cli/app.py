@@ -15,6 +15,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .needles import needles
 from .plan import plan
+from .reproduce import reproduce
 from .train import train
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -51,5 +52,5 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (plan, bench, needles, train, generate, evaluate, demo):
+for command in (plan, bench, needles, reproduce, train, generate, evaluate, demo):
     app.add_command(command)

@@ -1,0 +1,8 @@
+"""The experiments there are, in the order in which they are told."""
+
+from __future__ import annotations
+
+from . import sizes
+from .experiment import Experiment
+
+EXPERIMENTS: dict[str, Experiment] = {each.name: each for each in (sizes.EXPERIMENT,)}
