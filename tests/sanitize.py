@@ -10,17 +10,15 @@ copy of the package.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from sources import ROOT, build, copy_sources, replace
+
 TESTS = ["tests/ops/test_kernels.py", "tests/ops/test_kernels_decode.py", "tests/ops/test_conformance.py"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]
 WIDE = """#include "standard.h"
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
@@ -34,26 +32,15 @@ GOT = "    if (count > 0 && !data_) throw std::bad_alloc();\n"
 POISON = "    if (count > 0) memset(static_cast<void*>(data_), 0xFF, round_up(count * sizeof(T), 64));\n"
 
 
-def replace(path: Path, old: str, new: str) -> None:
-    """Change a source; a source that has changed itself is an error."""
-    text = path.read_text(encoding="utf-8")
-    if old not in text:
-        raise SystemExit(f"{path}: expected to find {old!r}")
-    path.write_text(text.replace(old, new), encoding="utf-8")
-
-
-def build(folder: Path, kind: str, width: int) -> dict[str, str]:
-    """Compile a copy of the package, with one instruction set; the environment to test it in."""
-    shutil.copytree(ROOT / "src", folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    ops = folder / "taylor_attention" / "ops"
-    sources = [ops / "kernels" / f"{name}.cpp" for name in ("module", "baseline")]
-    replace(sources[0], "#if defined(__x86_64__)", "#if 0")
+def prepare(folder: Path, kind: str, width: int) -> dict[str, str]:
+    """Compile a copy of the package; the environment to test it in."""
+    package = copy_sources(folder, "*.so")
+    kernels = package / "ops" / "kernels"
     if width == 64:
-        sources[1].write_text(WIDE, encoding="utf-8")
+        (kernels / "baseline.cpp").write_text(WIDE, encoding="utf-8")
     if kind == "unwritten":
-        replace(ops / "kernels" / "simd.h", GOT, GOT + POISON)
-    flags = [*FLAGS, *(SANITIZERS if kind == "addresses" else []), f"-I{sysconfig.get_paths()['include']}"]
-    subprocess.run(["g++", *flags, "-shared", *sources, "-o", ops / "_kernels.abi3.so", "-ldl"], check=True)
+        replace(kernels / "simd.h", GOT, GOT + POISON)
+    build(package, ["-O1", *(SANITIZERS if kind == "addresses" else [])])
     environment = {"PYTHONPATH": str(folder)}
     if kind == "addresses":
         runtimes = [
@@ -70,7 +57,7 @@ def main() -> int:
         for width in (16, 64):
             print(f"== {kind}, vectors of {width} bytes", flush=True)
             with tempfile.TemporaryDirectory() as folder:
-                environment = {**os.environ, **build(Path(folder) / "src", kind, width)}
+                environment = {**os.environ, **prepare(Path(folder) / "src", kind, width)}
                 command = [sys.executable, "-m", "pytest", *TESTS, "-q", "-k", "baseline", "-p", "no:cacheprovider"]
                 if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
                     failed.append(f"{kind}, {width} bytes")
