@@ -20,6 +20,7 @@ from ..core.near import Near
 from ..core.state import State
 from .normaliser import SAFE_SHARE
 from .problem import FULL_RESET, Gradients, Inputs, Problem, gradients
+from .reading import fit_limits
 from .tiling import KERNELS, choose
 
 _PLAIN_CHUNKS = 16
@@ -212,23 +213,27 @@ def plan_step(
     log_decay: Tensor | None,
     state: State,
     coefficients: tuple[float, ...],
+    fitted: bool,
     safe_share: float | None,
 ) -> Step:
     """Prepare decoding steps for tensors and states like these; shapes as for `decode_`.
 
     Args:
         coefficients: of the series; none without a far part.
+        fitted: read far scores by `reading.fit`; of the coefficients only their number counts then.
         safe_share: normalisers below this share of what the visible keys give at score zero make NaN; None: no check.
     """
     batch, heads, columns, features = state.sums.shape
-    slots = state.window + state.sinks
+    slots = state.window + state.sinks + state.heavy
     query_heads, (_, _, head_dim, width) = inputs[0].shape[1], state.tail_key.shape
-    constants = _constants(head_dim, coefficients, state.dtype)
+    degree = len(coefficients) - 1
+    fitted = fitted and degree >= 0
+    constants = _constants(head_dim, (1.0,) * (degree + 1) if fitted else coefficients, state.dtype)
     gate_strides = (0, 0) if log_decay is None else log_decay.stride()[:2]
     numbers = (
         state.dtype == torch.float64,
         head_dim,
-        len(coefficients) - 1,
+        degree,
         batch,
         heads,
         query_heads // heads,
@@ -238,6 +243,7 @@ def plan_step(
         state.scale,
         -1.0 if safe_share is None else safe_share,
         *map(address, constants),
+        *(fit_limits(degree) if fitted else (-1.0, 0.0, 0.0)),
         *(stride for x in inputs for stride in x.stride()[:2]),
         0 if visible is None else visible.stride(0),
         log_decay is not None and log_decay.dtype == torch.float64,
@@ -246,7 +252,7 @@ def plan_step(
     )
     together = all((x.stride(3) == 1 or x.shape[3] <= 1) and x.dtype == state.dtype for x in inputs)
     gates = log_decay is None or log_decay.dtype in (torch.float32, torch.float64)
-    near = () if state.near is None else (state.window, state.sinks, SAFE_SHARE)
+    near = () if state.near is None else (state.window, state.sinks, state.heavy, SAFE_SHARE)
     tail = width if coefficients else None
     return Step(numbers, near, tail, (batch, query_heads, 1, columns - 1), together and gates, constants)
 
@@ -297,21 +303,26 @@ def decode_(
             state.tail_length += 1
         increment_version((state.tail_key, state.tail_value, state.log_decay, state.tail_log_decay, state.tokens))
         if near is not None:
-            increment_version(
-                (near.key, near.value, near.log_decay, near.sink_key, near.sink_value, near.sink_log_decay)
-            )
+            increment_version(_near_tensors(near))
     return out, unsafe
 
 
 def _near_arguments(step: Step, near: Near) -> tuple[float, ...]:
+    return *step.near, *(x.data_ptr() for x in _near_tensors(near))
+
+
+def _near_tensors(near: Near) -> tuple[Tensor, ...]:
+    """What a step changes."""
+    tensors = (near.key, near.value, near.log_decay, near.sink_key, near.sink_value, near.sink_log_decay)
+    if near.heavy == 0:
+        return tensors
     return (
-        *step.near,
-        near.key.data_ptr(),
-        near.value.data_ptr(),
-        near.log_decay.data_ptr(),
-        near.sink_key.data_ptr(),
-        near.sink_value.data_ptr(),
-        near.sink_log_decay.data_ptr(),
+        *tensors,
+        near.heavy_key,
+        near.heavy_value,
+        near.heavy_log_decay,
+        near.received,
+        near.heavy_priority,
     )
 
 

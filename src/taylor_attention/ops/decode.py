@@ -65,8 +65,8 @@ def decode_(
     if step.compiled is not None:  # once more, with tensors that the kernels can read
         q, k, v = (x.to(state.dtype).contiguous() for x in (query, key, value))
         gate = None if log_decay is None else log_decay.double()
-        again = partial(decode_, scale=scale, series=series, key_padding_mask=key_padding_mask, log_decay=gate)
-        return again(q, k, v, state, backend=backend).to(query.dtype)
+        again = partial(decode_, scale=scale, series=series, reading=reading, backend=backend)
+        return again(q, k, v, state, key_padding_mask=key_padding_mask, log_decay=gate).to(query.dtype)
     if log_decay is not None:
         check_data(None, log_decay, 1)
     with torch.no_grad():
@@ -178,7 +178,7 @@ def _check(
     coefficients, positive = resolve(check_series(series), degree)
     fitted, plan = reading == "fitted", None
     checked = not positive and (degree % 2 == 1 if fitted and degree is not None else True)
-    if shapes.queries == 1 and not fitted and state.heavy == 0 and uses_kernels(backend, query.device):
+    if shapes.queries == 1 and uses_kernels(backend, query.device):
         safe_share = SAFE_SHARE * abs(coefficients[0]) if checked else None
-        plan = compiled.plan_step((query, key, value), visible, log_decay, state, coefficients, safe_share)
+        plan = compiled.plan_step((query, key, value), visible, log_decay, state, coefficients, fitted, safe_share)
     return _Step(shapes.queries, coefficients, checked, fitted, plan)

@@ -41,6 +41,11 @@ def largest_variance(degree: int) -> float:
 largest_variance._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in `normaliser`
 
 
+def fit_limits(degree: int) -> tuple[float, float, float]:
+    """`largest_variance`, and which normalisers are not safe with more, or lost to rounding: for the kernels."""
+    return largest_variance(degree), SAFE_SHARE, _LARGEST_SHARE_OF_ROUNDING
+
+
 @lru_cache(maxsize=64)
 def _largest_variance(degree: int) -> float:
     low, high = 0.0, float(degree)

@@ -1,6 +1,8 @@
-// One token: append it to the tails of the states, read the moments once, attend to the tail. And folding the tail.
+// One token: append it to the tails of the states, read the moments once, attend to the tail.
 #pragma once
+#include "dots.h"
 #include "exact.h"
+#include "fit.h"
 #include "sweep.h"
 
 namespace taylor {
@@ -11,80 +13,6 @@ namespace TARGET {
 constexpr Index kTogether = 8;
 constexpr Index kBlock = 512;  // columns of the moments that stay in the caches while several heads read them
 
-// All monomials of `count` vectors x [count, d], times weights: to [count, stride], stride >= M + one vector.
-template <class T>
-void expand(const Layout& layout, const T* x, Index count, const T* weights, T* to, Index stride) {
-  constexpr Index L = kLanes<T>;
-  const Index d = layout.head_dim, features = layout.features;
-  for (Index i = 0; i < count; ++i) {
-    to[i * stride] = 1;
-    for (Index c = 0; layout.degree > 0 && c < d; ++c) to[i * stride + 1 + c] = x[i * d + c];
-  }
-  for (Index b = 0; b < layout.every_count; ++b) {
-    const Block& block = layout.every[b];
-    for (Index i = 0; i < count; ++i) {
-      const Vector<T> factor = broadcast(x[i * d + block.index]);
-      const T* from = to + i * stride + block.suffix;
-      T* start = to + i * stride + block.start;
-      for (Index r = 0; r < block.count; r += L) store(start + r, factor * load(from + r));  // beyond: written next
-    }
-  }
-  for (Index i = 0; i < count; ++i) {
-    T* row = to + i * stride;
-    Index r = 0;
-    for (; r + L <= features; r += L) store(row + r, load(row + r) * load(weights + r));
-    for (; r < features; ++r) row[r] *= weights[r];
-  }
-}
-
-// totals[e] (one vector each) += rows[e, r] x[r] for R rows and `count` columns, not reduced. A last part shorter than a
-// vector is read together with what stands before it, which counts as zero (`last`: x there, zeros before).
-template <int R, class T>
-INLINE void dots(const T* rows, Index stride, const T* x, Index count, const T* last, T* totals) {
-  constexpr Index L = kLanes<T>;
-  Vector<T> total[R][2];
-#pragma GCC unroll 16
-  for (int e = 0; e < R; ++e) total[e][0] = load(totals + e * L), total[e][1] = Vector<T>{};
-  Index r = 0;
-  for (; r + 2 * L <= count; r += 2 * L) {
-    const Vector<T> left = load(x + r), right = load(x + r + L);
-#pragma GCC unroll 16
-    for (int e = 0; e < R; ++e) {
-      total[e][0] += left * load(rows + e * stride + r);
-      total[e][1] += right * load(rows + e * stride + r + L);
-    }
-  }
-  if (r + L <= count) {
-    const Vector<T> left = load(x + r);
-#pragma GCC unroll 16
-    for (int e = 0; e < R; ++e) total[e][0] += left * load(rows + e * stride + r);
-    r += L;
-  }
-  if (r < count) {
-    const Vector<T> rest = load(last);
-#pragma GCC unroll 16
-    for (int e = 0; e < R; ++e) total[e][1] += rest * load(rows + e * stride + count - L);
-  }
-#pragma GCC unroll 16
-  for (int e = 0; e < R; ++e) store(totals + e * L, total[e][0] + total[e][1]);
-}
-
-// totals[e, :] += rows[e, :count] * x[:count] for all columns e of [value, 1].
-template <class T> void add_dots(const T* rows, Index stride, Index columns, const T* x, Index count, T* totals) {
-  constexpr Index L = kLanes<T>;
-  if (count < L) {  // too short for a vector of any kind
-    for (Index e = 0; e < columns; ++e)
-      for (Index r = 0; r < count; ++r) totals[e * L] += rows[e * stride + r] * x[r];
-    return;
-  }
-  T last[L] = {};
-  for (Index i = count % L; i > 0; --i) last[L - i] = x[count - i];
-  for_tiles(columns, [&](auto height, Index first) INLINE_LAMBDA {
-    constexpr int R = decltype(height)::value;
-    dots<R, T>(rows + first * stride, stride, x, count, last, totals + first * L);
-  });
-}
-
 inline bool is_visible(const Step& s, Index batch) { return !s.visible || s.visible[batch * s.visible_stride]; }
 
 inline double gate_of(const Gates& gates, Index batch, Index head) {
@@ -93,14 +21,25 @@ inline double gate_of(const Gates& gates, Index batch, Index head) {
   return gate < gates.reset ? gates.reset : gate;
 }
 
+// How a query reads its far tokens: by which series, and the logarithm of what that lacks. `lost`: not at all, since
+// rounding is all that is left of its normaliser.
+template <class T> struct Reading {
+  const T* coefficients;
+  T log_factor;
+  bool lost;
+};
+
 // The steps of some rows (batch x key/value heads), by one thread; near: some tokens are exact.
 template <class T, bool near> struct Decoding {
   static constexpr Index L = kLanes<T>;
 
   explicit Decoding(const Step& s)
-      : s(s), layout(*s.layout), far(!near || s.width > 0), d(layout.head_dim),
-        stride(round_up(layout.features, 16) + L), together(whole_groups((Index(1) << 17) / (stride * Index(sizeof(T))), s.group)),
-        q(together * d), features(together * stride), weights(s.width), totals(s.group * s.columns * L), exact(s) {}
+      : s(s), layout(*s.layout), far(!near || s.width > 0), fitted(s.fitting.largest_variance >= 0), d(layout.head_dim),
+        degree(layout.degree), stride(round_up(layout.features, 16) + L),
+        together(whole_groups((Index(1) << 17) / (stride * Index(sizeof(T))), s.group)), q(together * d),
+        features(together * stride), weights(s.width), totals(s.group * s.columns * L), exact(s),
+        fit(s.fitting, fitted ? degree : -1), powers(fitted ? (degree + 1) * L : 0), scores(fitted ? s.width : 0),
+        own(fitted ? s.group * (degree + 1) : 0), readings(fitted ? s.group : 0) {}
 
   // Heads answered together: whole groups, or else parts of one, so that no result depends on how rows are shared out.
   static Index whole_groups(Index heads, Index group) {
@@ -135,22 +74,18 @@ template <class T, bool near> struct Decoding {
 
   // The n-th visible token (from 0) is a sink, or in slot (n - sinks) % window, from where another leaves for the tail.
   void append_near(Index row, const Token<T>& token, bool visible, const Slot<T>& end) const {
-    const Index n = s.tokens[row / s.heads], at = n - s.near.sinks;
+    const NearSlots& slots = s.near;
+    const Index n = s.tokens[row / s.heads], at = n - slots.sinks.width, window = slots.ring.width;
     const bool comes = visible && at >= 0;
     const double now = s.log_decay[row];
-    if (visible && at < 0) {
-      write(token, true, d, s.columns, exact.in_sinks(row, n));
-      s.near.sink_log_decay[row * s.near.sinks + n] = now;
-    }
-    if (!comes || s.near.window == 0) {
+    if (visible && at < 0) exact.put(token, slots.sinks, row, n, now);
+    if (!comes || window == 0) {
       if (far) write(token, comes, d, s.columns, end);
       return;
     }
-    const Slot<T> slot = exact.in_ring(row, at % s.near.window);
-    double& then = s.near.log_decay[row * s.near.window + at % s.near.window];
-    if (far) copy(slot, T(exp(now - then)), d, s.columns, end);
-    write(token, true, d, s.columns, slot);
-    then = now;
+    exact.release(row, at % window, now, far ? &end : nullptr);
+    exact.put(token, slots.ring, row, at % window, now);
+    if (slots.heavy.width) slots.received[row * window + at % window] = 0;
   }
 
   // Answer query heads first..last, counted over all rows; returns how many normalisers are unsafe.
@@ -164,17 +99,19 @@ template <class T, bool near> struct Decoding {
     Index unsafe = 0;
     for (Index i = first; i < last;) {
       const Index row = i / s.group, stop = (row + 1) * s.group < last ? (row + 1) * s.group : last;
-      if (near && !is_visible(s, row / s.heads)) {  // the rows of hidden tokens are zeros
+      if ((near || fitted) && !is_visible(s, row / s.heads)) {  // the rows of hidden tokens are zeros
         fill(static_cast<T*>(s.out) + i * (s.columns - 1), (stop - i) * (s.columns - 1), T(0));
         i = stop;
         continue;
       }
       if (row + 1 < s.batch * s.heads) prefetch(row + 1);
+      for (Index member = 0; fitted && member < stop - i; ++member) fit_to(row, i - first + member, member);
       read(row, i - first, stop - i);
       if constexpr (near) exact.load_row(row, s.log_decay[row]);
       for (Index member = 0; i < stop; ++i, ++member) {
         T* total = totals + member * s.columns * L;
-        unsafe += near ? finish_near(row, i, i - first, total) : finish(row, i, i - first, total);
+        const Reading<T> reading = fitted ? readings[member] : Reading<T>{series(), 0, false};
+        unsafe += near ? finish_near(row, i, i - first, reading, total) : finish(row, i, i - first, reading, total);
       }
     }
     return unsafe;
@@ -201,62 +138,108 @@ template <class T, bool near> struct Decoding {
     }
   }
 
-  INLINE void add_tail(Index row, Index at, T* total) {
+  const T* series() const { return static_cast<const T*>(s.coefficients); }
+
+  // What the moments gave, faded since the tail began.
+  INLINE void fade(Index row, T* total, Index columns) const {
+    if (s.tail_log_decay[row] == 0) return;
+    const T faded = T(exp(s.tail_log_decay[row]));
+    for (Index i = 0; i < columns * L; ++i) total[i] *= faded;
+  }
+
+  // The scores of a vector of the tail's tokens; its width is a multiple of every vector's.
+  INLINE Vector<T> score_tail(const T* x, const T* keys) const {
+    Vector<T> score = {};
+    for (Index c = 0; c < d; ++c) score += x[c] * load(keys + c * s.width);
+    return score;
+  }
+
+  INLINE void add_tail(Index row, Index at, const T* coefficients, T* total) {
     const Index length = s.position + 1;
-    const T *keys = tail_keys(row), *values = tail_values(row), *x = q + at * d;
-    const T* coefficients = static_cast<const T*>(s.coefficients);
-    if (s.tail_log_decay[row] != 0) {
-      const T faded = T(exp(s.tail_log_decay[row]));
-      for (Index i = 0; i < s.columns * L; ++i) total[i] *= faded;
-    }
-    for (Index t = 0; t < length; t += L) {  // the width of a tail is a multiple of every vector's
-      Vector<T> score = {};
-      for (Index c = 0; c < d; ++c) score += x[c] * load(keys + c * s.width + t);
-      Vector<T> weight = broadcast(coefficients[layout.degree]);
-      for (Index p = layout.degree - 1; p >= 0; --p) weight = weight * score + coefficients[p];
+    const T* keys = tail_keys(row);
+    fade(row, total, s.columns);
+    for (Index t = 0; t < length; t += L) {
+      const Vector<T> score = score_tail(q + at * d, keys + t);
+      Vector<T> weight = broadcast(coefficients[degree]);
+      for (Index p = degree - 1; p >= 0; --p) weight = weight * score + coefficients[p];
       store(weights + t, weight);
     }
-    add_dots<T>(values, s.width, s.columns, weights, length, total);
+    add_dots<T>(tail_values(row), s.width, s.columns, weights, length, total);
+  }
+
+  // Fit exp to a query's own scores, by the sums of their powers: the coefficients go into its monomials.
+  void fit_to(Index row, Index at, Index member) {
+    T *x = features + at * stride, *coefficients = own + member * (degree + 1);
+    add_powers(row, at, x);
+    for (Index p = 0; p <= degree; ++p) fit.powers[p] = sum<T>(load(powers + p * L));
+    const bool lost = fit.solve(kEpsilon<T>);
+    for (Index p = 0; p <= degree; ++p) {
+      coefficients[p] = T(fit.coefficients[p]);
+      for (Index r = layout.starts[p]; r < layout.starts[p + 1]; ++r) x[r] *= coefficients[p];
+    }
+    readings[member] = {coefficients, T(fit.log_factor), lost};
+  }
+
+  // powers[p] = the sum of the p-th powers of a query's far scores, not reduced: the column of ones, degree by degree.
+  void add_powers(Index row, Index at, const T* x) {
+    const Index length = s.position + 1, *starts = layout.starts;
+    const T *ones = sums(row) + (s.columns - 1) * layout.features, *keys = tail_keys(row);
+    const T* tail_ones = tail_values(row) + (s.columns - 1) * s.width;
+    fill(static_cast<T*>(powers), (degree + 1) * L, T(0));
+    for (Index p = 0; p <= degree; ++p)
+      add_dots<T>(ones + starts[p], 0, 1, x + starts[p], starts[p + 1] - starts[p], powers + p * L);
+    fade(row, powers, degree + 1);
+    for (Index t = 0; t < length; t += L) {
+      store(scores + t, score_tail(q + at * d, keys + t));
+      store(weights + t, broadcast(T(1)));
+    }
+    for (Index p = 0; p <= degree; ++p) {
+      add_dots<T>(tail_ones, 0, 1, weights, length, powers + p * L);
+      for (Index t = 0; t < length; t += L) store(weights + t, load(weights + t) * load(scores + t));
+    }
   }
 
   // Add the tail, divide, write; whether the normaliser is unsafe.
-  bool finish(Index row, Index query_head, Index at, T* total) {
-    add_tail(row, at, total);
+  bool finish(Index row, Index query_head, Index at, const Reading<T>& reading, T* total) {
+    add_tail(row, at, reading.coefficients, total);
     const T z = sum<T>(load(total + (s.columns - 1) * L));
-    bool empty = z == 0, bad = false;
+    bool empty = z == 0, bad = reading.lost;
     if (s.safe >= 0) {
       const T seen = visible_weight(row);
       empty = seen == 0;
-      bad = !(z > T(s.safe) * seen) && !empty;
+      bad |= !(z > T(s.safe) * seen) && !empty;
     }
     write_out(query_head, total, z, empty, bad);
     return bad;
   }
 
   // The same with the exact tokens too.
-  bool finish_near(Index row, Index query_head, Index at, T* total) {
-    if (far) add_tail(row, at, total);
+  bool finish_near(Index row, Index query_head, Index at, const Reading<T>& reading, T* total) {
+    constexpr T harmless = Exponential<T>::highest / 2;
+    if (far) add_tail(row, at, reading.coefficients, total);
     T *last = total + (s.columns - 1) * L, top = exact.compare(row, q + at * d), factor = 1;
     const bool spoilt = top == -T(INFINITY) && exact.any();  // a query that is not finite makes NaN of its row
-    if (fabs(top) < Exponential<T>::highest / 2) {
+    if (fabs(top) < harmless && fabs(reading.log_factor) < harmless) {
       top = 0;  // no weight will overflow, nor will all of them vanish
     } else {
-      const T read = sum<T>(load(last)), log_read = read > 0 ? T(log(read)) : T(-INFINITY);
+      const T read = sum<T>(load(last)), log_read = read > 0 ? reading.log_factor + T(log(read)) : T(-INFINITY);
       top = log_read > top ? log_read : top > -INFINITY ? top : 0;
-      factor = exponential<T>(broadcast(-top))[0];
+    }
+    if (reading.log_factor != top) {
+      factor = exponential<T>(broadcast(reading.log_factor - top))[0];
       for (Index i = 0; i < s.columns * L; ++i) total[i] *= factor;
     }
     const T weight = exact.weigh(top);
-    add_dots<T>(exact.ring_values(row), s.near.window, s.columns, exact.weights, s.near.window, total);
-    add_dots<T>(exact.sink_values(row), s.near.sinks, s.columns, exact.weights + s.near.window, s.near.sinks, total);
+    exact.add_to(total, row);
     const T z = spoilt ? T(NAN) : sum<T>(load(last));
-    bool empty = z == 0, bad = false;
-    if (s.safe >= 0 && !spoilt) {
+    bool empty = z == 0, bad = reading.lost;
+    if (s.safe >= 0) {
       const T seen = visible_weight(row);
       empty = seen == 0 && !exact.any();
-      bad = !(z > T(s.safe) * seen * factor + T(s.near.safe) * weight) && !empty;
+      bad |= !(z > T(s.safe) * seen * factor + T(s.near.safe) * weight) && !empty;
     }
     write_out(query_head, total, z, empty, bad);
+    if (s.near.heavy.width) exact.note(row, top);
     return bad;
   }
 
@@ -270,21 +253,20 @@ template <class T, bool near> struct Decoding {
 
   // What the visible keys of a row would give at score zero.
   T visible_weight(Index row) const {
-    const T* ones = tail_values(row) + (s.columns - 1) * s.width;
-    T seen = sums(row)[(s.columns - 1) * layout.features] * T(exp(s.tail_log_decay[row]));
-    Vector<T> several = {};
-    Index t = 0;
-    for (; t + L <= s.position + 1; t += L) several += load(ones + t);
-    for (; t <= s.position; ++t) seen += ones[t];
-    return seen + sum<T>(several);
+    const T moments = sums(row)[(s.columns - 1) * layout.features] * T(exp(s.tail_log_decay[row]));
+    return moments + add_up<T>(tail_values(row) + (s.columns - 1) * s.width, s.position + 1);
   }
 
   const Step& s;
   const Layout& layout;
-  const bool far;  // whether there are moments with their tail
-  const Index d, stride, together;
+  const bool far;     // whether there are moments with their tail
+  const bool fitted;  // whether each query reads them by a fit to its own scores
+  const Index d, degree, stride, together;
   Buffer<T> q, features, weights, totals;
   Exact<T> exact;
+  Fit fit;
+  Buffer<T> powers, scores, own;  // own: coefficients of the fits [group, degree + 1]
+  Buffer<Reading<T>> readings;
 };
 
 template <class T, bool near> Index decode_rows(const Step& s) {
@@ -310,34 +292,7 @@ template <class T, bool near> Index decode_rows(const Step& s) {
 }
 
 template <class T> Index decode_rows(const Step& s) {
-  return s.near.window + s.near.sinks > 0 ? decode_rows<T, true>(s) : decode_rows<T, false>(s);
-}
-
-template <class T> void fold_rows(const Fold& f) {
-  const Layout& layout = *f.layout;
-  const Index d = layout.head_dim, features = layout.features;
-  Index slices = 1;
-  while (f.rows * slices % f.threads && f.rows * slices < 4 * f.threads && slices < f.columns) ++slices;
-  run_tasks(f.rows * slices, f.threads, [&](Index task) {
-    const Index row = task / slices, slice = task % slices;
-    const Index begin = f.columns * slice / slices, columns = f.columns * (slice + 1) / slices - begin;
-    const T* keys = static_cast<const T*>(f.tail_key) + row * d * f.width;
-    const T* values = static_cast<const T*>(f.tail_value) + (row * f.columns + begin) * f.width;
-    T* sums = static_cast<T*>(f.sums) + (row * f.columns + begin) * features;
-    T* compensation = static_cast<T*>(f.compensation) + (row * f.columns + begin) * features;
-    if (f.tail_log_decay[row] != 0) {
-      const T factor = T(exp(f.tail_log_decay[row]));
-      for (Index i = 0; i < columns * features; ++i) sums[i] *= factor, compensation[i] *= factor;
-    }
-    const Columns<T> x(d, f.length);
-    for (Index c = 0; c < d; ++c) memcpy(x.row(c), keys + c * f.width, f.length * sizeof(T));
-    clear_padding(x, d, f.length);
-    Buffer<T> scaled(columns * (f.length + 16));
-    const MonomialPanels<T> by_monomial(layout, round_up(f.length, kPanel<T>));
-    form<T>(layout, x, f.length, by_monomial);
-    update<kChain, T>(layout, by_monomial, x.row(0), x.stride, values, f.width, nullptr, columns, f.length, scaled,
-                      nullptr, sums, compensation);
-  });
+  return s.near.ring.width + s.near.sinks.width > 0 ? decode_rows<T, true>(s) : decode_rows<T, false>(s);
 }
 
 }  // namespace TARGET

@@ -1,7 +1,8 @@
-// The tokens that states keep exact: the last ones in a ring, the first ones as sinks. Their slots and their scores.
+// The tokens that states keep exact: the last ones in a ring, the first ones as sinks, some for their weight. Their slots,
+// their scores, and who keeps a place for the attention that it got (its meaning: ops/heavy.py).
 #pragma once
+#include "dots.h"
 #include "exponential.h"
-#include "product.h"
 
 namespace taylor {
 namespace TARGET {
@@ -57,38 +58,122 @@ template <class T> void score(const T* x, Index d, const T* keys, Index width, c
   }
 }
 
-// The exact tokens of one row after the other, as its queries see them: the ring's slots, then the sinks'.
+// The greatest number, NaN left out; -inf if there is none.
+template <class T> INLINE T greatest(const T* x, Index count) {
+  constexpr Index L = kLanes<T>;
+  Vector<T> top = broadcast(T(-INFINITY));
+  Index t = 0;
+  for (; t + L <= count; t += L) {
+    const Vector<T> several = load(x + t);
+    top = maximum<T>(several, top);
+  }
+  T lanes[L], found = -INFINITY;
+  store(lanes, top);
+  for (Index i = 0; i < L; ++i) found = lanes[i] > found ? lanes[i] : found;
+  for (; t < count; ++t) found = x[t] > found ? x[t] : found;
+  return found;
+}
+
+// The exact tokens of one row after the other, as its queries see them: the ring's slots, the sinks', the heavy ones'.
 template <class T> struct Exact {
   static constexpr Index L = kLanes<T>;
 
   explicit Exact(const Step& s)
-      : near(s.near), d(s.layout->head_dim), columns(s.columns), padded(round_up(near.window + near.sinks, L)),
-        bias(padded), scores(padded), weights(padded) {
+      : near(s.near), d(s.layout->head_dim), columns(s.columns),
+        padded(round_up(near.ring.width + near.sinks.width + near.heavy.width, L)), bias(padded), scores(padded),
+        weights(padded) {
     fill(static_cast<T*>(scores), padded, T(-INFINITY));  // for good beyond the slots
     fill(static_cast<T*>(bias), padded, T(-INFINITY));
   }
 
-  T* ring_keys(Index row) const { return static_cast<T*>(near.key) + row * d * near.window; }
-  T* ring_values(Index row) const { return static_cast<T*>(near.value) + row * columns * near.window; }
-  T* sink_keys(Index row) const { return static_cast<T*>(near.sink_key) + row * d * near.sinks; }
-  T* sink_values(Index row) const { return static_cast<T*>(near.sink_value) + row * columns * near.sinks; }
+  T* keys(const Slots& part, Index row) const { return static_cast<T*>(part.key) + row * d * part.width; }
+  T* values(const Slots& part, Index row) const { return static_cast<T*>(part.value) + row * columns * part.width; }
+  const T* ones(const Slots& part, Index row) const { return values(part, row) + (columns - 1) * part.width; }
+  Slot<T> in(const Slots& part, Index row, Index at) const {
+    return {keys(part, row) + at, values(part, row) + at, part.width};
+  }
 
-  Slot<T> in_ring(Index row, Index at) const { return {ring_keys(row) + at, ring_values(row) + at, near.window}; }
-  Slot<T> in_sinks(Index row, Index at) const { return {sink_keys(row) + at, sink_values(row) + at, near.sinks}; }
+  // Body(part, where its slots stand among all).
+  template <class Body> INLINE void parts(const Body& body) const {
+    body(near.ring, 0);
+    body(near.sinks, near.ring.width);
+    if (near.heavy.width) body(near.heavy, near.ring.width + near.sinks.width);
+  }
+
+  // ---- who comes and goes --------------------------------------------------------------------------------------------
+
+  void put(const Token<T>& token, const Slots& part, Index row, Index at, double now) const {
+    write(token, true, d, columns, in(part, row, at));
+    part.log_decay[row * part.width + at] = now;
+  }
+
+  // The token in a slot of the ring leaves, to `end` if that is given: or a heavy one does, whose place it takes.
+  void release(Index row, Index at, double now, const Slot<T>* end) const {
+    const Slot<T> slot = in(near.ring, row, at);
+    const double then = near.ring.log_decay[row * near.ring.width + at];
+    const Index place = near.heavy.width ? compete(row, at, then) : -1;
+    if (place < 0) {
+      if (end) copy(slot, T(exp(now - then)), d, columns, *end);
+      return;
+    }
+    const Slot<T> loser = in(near.heavy, row, place);
+    double& since = near.heavy.log_decay[row * near.heavy.width + place];
+    if (end) copy(loser, T(exp(now - since)), d, columns, *end);
+    copy(slot, T(1), d, columns, loser);
+    since = then;
+  }
+
+  // The place that the token in a slot of the ring takes, the one of lowest priority (of equals the first), if its own
+  // is higher; -1: none. The same as one step of choose.h.
+  Index compete(Index row, Index at, double then) const {
+    double* held = near.priority + row * near.heavy.width;
+    const double priority = log(near.received[row * near.ring.width + at]) - then;
+    Index lowest = 0;
+    for (Index i = 1; i < near.heavy.width; ++i)
+      if (held[i] < held[lowest]) lowest = i;
+    if (!(priority > held[lowest]) || ones(near.ring, row)[at] == 0) return -1;
+    held[lowest] = priority;
+    return lowest;
+  }
+
+  // Add to what the ring's tokens have got: a query's weights among them, of which `weights` are multiples. Nothing where
+  // that is not finite. Weights are taken once more where their greatest may be too small.
+  void note(Index row, T top) {
+    const Index window = near.ring.width;
+    const T own = greatest<T>(scores, window);
+    if (own < top) weigh(own);
+    const T total = add_up<T>(weights, window);
+    if (spoilt || !(total > 0 && total < T(INFINITY))) return;
+    double* received = near.received + row * window;
+    for (Index t = 0; t < window; ++t) received[t] += weights[t] / total;
+  }
+
+  // ---- what queries see ----------------------------------------------------------------------------------------------
 
   // What stands beside the score of each slot: its log decay since the token came; -inf where there is none, and for
   // what is forgotten, which a maximum would bring back.
   void load_row(Index row, double now) {
-    load_bias(ring_values(row), near.log_decay + row * near.window, near.window, now, bias);
-    load_bias(sink_values(row), near.sink_log_decay + row * near.sinks, near.sinks, now, bias + near.window);
+    parts([&](const Slots& part, Index first) {
+      load_bias(ones(part, row), part.log_decay + row * part.width, part.width, now, bias + first);
+    });
+    spoilt = near.heavy.width && is_spoilt(row);
   }
 
-  void load_bias(const T* values, const double* then, Index width, double now, T* to) const {
-    const T* ones = values + (columns - 1) * width;
+  void load_bias(const T* ones, const double* then, Index width, double now, T* to) const {
     if (now == 0)  // nothing has ever faded
       for (Index t = 0; t < width; ++t) to[t] = ones[t] != 0 ? T(0) : T(-INFINITY);
     else
       for (Index t = 0; t < width; ++t) to[t] = ones[t] != 0 && now - then[t] >= kForgotten ? T(now - then[t]) : T(-INFINITY);
+  }
+
+  // Whether a key in the ring is not finite: queries that see it tell nothing of the others.
+  bool is_spoilt(Index row) const {
+    const T *key = keys(near.ring, row), *broken = ones(near.ring, row);  // NaN where a key or a value is not finite
+    for (Index t = 0; t < near.ring.width; ++t)
+      if (isnan(broken[t]))
+        for (Index c = 0; c < d; ++c)
+          if (!isfinite(key[c * near.ring.width + t])) return true;
+    return false;
   }
 
   bool any() const {
@@ -99,17 +184,10 @@ template <class T> struct Exact {
 
   // The scores of a query, decay included; returns the greatest, -inf if there is no token.
   T compare(Index row, const T* x) {
-    score<T>(x, d, ring_keys(row), near.window, bias, scores);
-    score<T>(x, d, sink_keys(row), near.sinks, bias + near.window, scores + near.window);
-    Vector<T> top = broadcast(T(-INFINITY));
-    for (Index t = 0; t < padded; t += L) {
-      const Vector<T> several = load(scores + t);
-      top = maximum<T>(several, top);
-    }
-    T lanes[L], greatest = -INFINITY;
-    store(lanes, top);
-    for (Index i = 0; i < L; ++i) greatest = lanes[i] > greatest ? lanes[i] : greatest;
-    return greatest;
+    parts([&](const Slots& part, Index first) {
+      score<T>(x, d, keys(part, row), part.width, bias + first, scores + first);
+    });
+    return greatest<T>(scores, padded);
   }
 
   // weights = exp(scores - top); returns their sum.
@@ -123,9 +201,17 @@ template <class T> struct Exact {
     return sum<T>(total);
   }
 
+  // totals += what the weights make of the values.
+  void add_to(T* totals, Index row) const {
+    parts([&](const Slots& part, Index first) {
+      add_dots<T>(values(part, row), part.width, columns, weights + first, part.width, totals);
+    });
+  }
+
   const NearSlots& near;
   const Index d, columns, padded;
   Buffer<T> bias, scores, weights;
+  bool spoilt = false;
 };
 
 }  // namespace TARGET

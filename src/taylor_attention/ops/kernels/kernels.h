@@ -1,6 +1,7 @@
 // Everything for one instruction set; included once by each file that names one (TARGET, VECTOR_BYTES, TILE_ROWS).
 #pragma once
 #include "decode.h"
+#include "fold.h"
 #include "near.h"
 
 namespace taylor {

@@ -12,6 +12,7 @@ constexpr Index kShortest = 48;  // shorter blocks of the highest degree are for
 struct OwnedLayout {
   Layout view;
   std::vector<Block> formed, blocks, every;
+  std::vector<Index> starts;
 };
 
 inline Index monomials(Index head_dim, Index degree) {  // C(head_dim + degree - 1, degree)
@@ -24,6 +25,7 @@ inline std::unique_ptr<OwnedLayout> make_layout(Index head_dim, Index degree) {
   auto owned = std::make_unique<OwnedLayout>();
   Index end = degree > 0 ? 1 + head_dim : degree == 0;  // of the degree below; degree -1: no monomials
   Index lower = end, dropped = 0;             // rows of the highest degree that are not formed
+  for (Index p = 0, start = 0; p <= degree + 1; start += monomials(head_dim, p++)) owned->starts.push_back(start);
   for (Index p = 2; p <= degree; ++p) {
     Index start = end;
     if (p == degree) lower = end;
@@ -42,7 +44,7 @@ inline std::unique_ptr<OwnedLayout> make_layout(Index head_dim, Index degree) {
   }
   owned->view = {head_dim, degree, end, lower, end - lower - dropped,
                  owned->formed.data(), Index(owned->formed.size()), owned->blocks.data(), Index(owned->blocks.size()),
-                 owned->every.data(), Index(owned->every.size())};
+                 owned->every.data(), Index(owned->every.size()), owned->starts.data()};
   return owned;
 }
 

@@ -157,10 +157,15 @@ PyObject* backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
 
 NearSlots read_near_slots(Numbers& numbers) {
   NearSlots near = {};
-  near.window = numbers.integer(), near.sinks = numbers.integer(), near.safe = numbers.real();
-  near.key = numbers.pointer<void>(), near.value = numbers.pointer<void>(), near.log_decay = numbers.pointer<double>();
-  near.sink_key = numbers.pointer<void>(), near.sink_value = numbers.pointer<void>();
-  near.sink_log_decay = numbers.pointer<double>();
+  for (Slots* part : {&near.ring, &near.sinks, &near.heavy}) part->width = numbers.integer();
+  near.safe = numbers.real();
+  const auto read = [&](Slots& part) {
+    part.key = numbers.pointer<void>(), part.value = numbers.pointer<void>(), part.log_decay = numbers.pointer<double>();
+  };
+  read(near.ring), read(near.sinks);
+  if (!near.heavy.width) return near;
+  read(near.heavy);
+  near.received = numbers.pointer<double>(), near.priority = numbers.pointer<double>();
   return near;
 }
 
@@ -173,6 +178,7 @@ PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
   s.columns = numbers.integer(), s.width = numbers.integer(), s.threads = numbers.integer();
   s.scale = numbers.real(), s.safe = numbers.real();
   s.coefficients = numbers.pointer<const void>(), s.weights = numbers.pointer<const void>();
+  s.fitting.largest_variance = numbers.real(), s.fitting.safe = numbers.real(), s.fitting.rounding = numbers.real();
   for (Strided* x : {&s.query, &s.key, &s.value}) x->batch = numbers.integer(), x->head = numbers.integer();
   s.visible_stride = numbers.integer();
   s.gates.is_double = numbers.integer(), s.gates.batch = numbers.integer(), s.gates.head = numbers.integer();

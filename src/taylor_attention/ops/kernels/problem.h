@@ -24,6 +24,7 @@ struct Layout {
   Index block_count;
   const Block* every;         // every block of degree 2 and above, lowest degree first; rows of the packed axis
   Index every_count;
+  const Index* starts;        // where each degree begins on the packed axis, and its end [degree + 2]
 };
 
 // A tensor [batch, heads, tokens, entries] with contiguous entries; strides in elements.
@@ -67,14 +68,26 @@ struct Gates {
   double reset;
 };
 
-// What states keep of the tokens that are attended to exactly, tokens last; window and sinks both 0: nothing.
+// Tokens that states keep exact, tokens last.
+struct Slots {
+  Index width;
+  void *key, *value;  // [rows, d, width], [rows, E, width]
+  double* log_decay;  // [rows, width]: since the start, when the token had come
+};
+
+// All of them; of no width: nothing.
 struct NearSlots {
-  Index window, sinks;
-  double safe;                  // as Step::safe, of the weights of these tokens
-  void *key, *value;            // a ring: [rows, d, window], [rows, E, window]
-  double* log_decay;            // [rows, window]: since the start, when the token had come
-  void *sink_key, *sink_value;  // [rows, d, sinks], [rows, E, sinks]
-  double* sink_log_decay;       // [rows, sinks]
+  Slots ring, sinks, heavy;
+  double safe;       // as Step::safe, of the weights of these tokens
+  double* received;  // [rows, ring]: the attention that its tokens have got; where heavy ones are
+  double* priority;  // [rows, heavy]: by which these hold their places
+};
+
+// How exp is fitted to each query's own far scores (ops/reading.py); largest_variance < 0: the series is read as it is.
+struct Fitting {
+  double largest_variance;  // up to which the fit is positive everywhere
+  double safe;              // normalisers below this share of the count of keys are not safe with more variance
+  double rounding;          // largest share of rounding in a normaliser
 };
 
 // One token appended to states and attended from them.
@@ -87,7 +100,8 @@ struct Step {
   const std::uint8_t* visible;         // [batch] or null
   Index visible_stride;
   Gates gates;
-  const void *coefficients, *weights, *sums;
+  const void *coefficients, *weights, *sums;  // coefficients: ones where a fit has its own
+  Fitting fitting;
   void *tail_key, *tail_value;         // [rows, d, width], [rows, E, width]
   double *log_decay, *tail_log_decay;  // [rows]
   std::int64_t* tokens;                // [batch]
