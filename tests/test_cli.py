@@ -86,6 +86,7 @@ MISUSE = {
     "plan: radius": ("radius: expected", *PLAN, "--score-radius", "-1"),
     "bench: head size": ("--head-dim: expected a divisor of the width 512, got 7", "bench", "--head-dim", "7"),
     "bench: degree": ("--degree", "bench", "--degree", "-1"),
+    "bench: window": ("--window", "bench", "--window", "-1"),
     "bench: kind": ("--only", "bench", "--only", "bake"),
     "bench: backend": ("backend: expected one of", "bench", "--backend", "none"),
     "bench: rival without a function": ("--against: expected module:function", "bench", "--against", "{folder}/none"),

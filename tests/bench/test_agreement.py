@@ -16,7 +16,11 @@ from taylor_attention.bench.agreement import (
 )
 from taylor_attention.ops.reference import attention_reference, softmax_reference
 
-REFERENCES = {"taylor": partial(attention_reference, degree=2), "softmax": softmax_reference}
+REFERENCES = {
+    "taylor": partial(attention_reference, degree=2),
+    "window": partial(attention_reference, degree=2, window=7),
+    "softmax": softmax_reference,
+}
 
 
 @pytest.mark.parametrize("reference", REFERENCES.values(), ids=REFERENCES.keys())

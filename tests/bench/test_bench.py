@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from taylor_attention.bench.cases import Case, Outcome
+from taylor_attention.bench.cases import Result as Measured
 from taylor_attention.bench.machine import Machine
 from taylor_attention.cli import bench as command
+from taylor_attention.cli import bench_report
 from taylor_attention.cli.app import app
 
-SMALL = ["--quick", "--width", "16", "--head-dim", "8", "--length", "40", "--context", "64", "--context", "600"]
-SMALL += ["--repeats", "1", "--budget", "0.01", "--threads", "1", "--only", "prefill", "--only", "train"]
-SMALL += ["--only", "decode"]
+FAST = ["--quick", "--width", "16", "--head-dim", "8", "--repeats", "1", "--budget", "0.01", "--threads", "1"]
+SMALL = [*FAST, "--window", "0", "--length", "40", "--context", "64", "--context", "600"]
+SMALL += ["--only", "prefill", "--only", "train", "--only", "decode"]
 RIVAL = "from taylor_attention.bench.rivals import Recurrent\ndef rival(**shape):\n    return Recurrent(**shape)\n"
 
 
@@ -57,6 +60,68 @@ def test_a_quick_run_ends_with_tables_files_and_a_line_of_json(tmp_path: Path):
     lines = (tmp_path / "new" / "out" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["outcomes"] for line in lines] == [each["outcomes"] for each in found["results"]]
     assert result.stderr.count("head size 8, degree 2") == 4  # progress, a line per case
+
+
+def test_windows_stand_beside_the_method_without_them(tmp_path: Path):
+    sizes = ["--length", "40", "--context", "600"]
+    result = ok(*FAST, *sizes, "--only", "prefill", "--only", "decode", "--window", 8, "--window", 0, "--out", tmp_path)
+    *shown, last = result.stdout.splitlines()
+    found = json.loads(last)
+    assert [each["case"]["window"] for each in found["results"]] == [0, 0, 8, 8]
+    [_, near] = found["facts"]["prefill"]
+    assert near["window"] == 8
+    assert near["speedup"].keys() == {"pure", "sdpa", "sliding"}
+    assert near["window_ratio"] == {"40": found["results"][2]["window_ratio"]}
+    text = "\n".join(shown)
+    assert "8, 2, window 8" in text
+    assert "/ (pure + window): " in text
+    assert {path.name for path in tmp_path.iterdir()} >= {"decode.png", "windows.png"}
+    assert "decode, head size 8, degree 2, window 8, 600 tokens: taylor" in result.stderr
+
+
+def test_it_is_said_how_many_windows_take_as_long_as_is_asked():
+    rows = [{"window_ratio": {100: 1.2, 200: 1.3}}, {"window_ratio": {100: 1.31}}, {"window_ratio": {}}]
+    [line] = bench_report._windows(rows)
+    assert line.endswith("2 of 3 within 1.3")
+    assert bench_report._windows(rows[-1:]) == []
+
+
+@pytest.mark.usefixtures("without_matplotlib")
+def test_a_run_without_windows_says_nothing_of_them(tmp_path: Path):
+    shown = "\n".join(ok(*SMALL, "--out", tmp_path).stdout.splitlines()[:-1])
+    assert ", window" not in shown
+    assert "(pure" not in shown
+
+
+PLANS = {
+    "all": ([], {0, 64, 256}, {"prefill", "decode"}, {2, 3}, {8192, 1024, 65536}),
+    "one window": (["--window", "100"], {100}, {"prefill", "decode"}, {2, 3}, {8192, 1024, 65536}),
+    "as asked": (
+        ["--window", "8", "--only", "train", "--degree", "4", "--length", "512"],
+        {8},
+        {"train"},
+        {4},
+        {512},
+    ),
+    "kinds without windows": (["--only", "start", "--window", "8", "--window", "9"], {0}, set(), set(), set()),
+}
+
+
+@pytest.mark.usefixtures("without_matplotlib")
+@pytest.mark.parametrize(("asked", "windows", "kinds", "degrees", "lengths"), PLANS.values(), ids=PLANS.keys())
+def test_windows_are_measured_as_asked_or_at_fewer_problems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked, windows, kinds, degrees, lengths
+):
+    cases: list[Case] = []
+    skip = {"taylor": Outcome(skipped="not now"), "import": Outcome(skipped="not now")}
+    monkeypatch.setattr(command, "measure", lambda case, shared: cases.append(case) or Measured(case, skip))
+    result = ok("--repeats", 1, "--budget", 0.01, "--json", "--out", tmp_path, *asked)
+    near = [case for case in cases if case.window]
+    assert {case.window for case in cases} == windows
+    assert {case.kind for case in near} == kinds
+    assert {case.degree for case in near} == degrees
+    assert {case.length for case in near} == lengths
+    assert len(set(cases)) == len(json.loads(result.stdout)["results"])
 
 
 @pytest.mark.usefixtures("without_matplotlib")

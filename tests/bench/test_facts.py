@@ -8,7 +8,7 @@ import pytest
 
 import taylor_attention as ta
 from taylor_attention.bench import facts, figures
-from taylor_attention.bench.cases import FORWARD, OURS, SOFTMAX, Case, Outcome, Result
+from taylor_attention.bench.cases import FORWARD, OURS, PURE, SOFTMAX, Case, Outcome, Result
 from taylor_attention.bench.machine import GEMM, READ
 
 
@@ -66,6 +66,40 @@ def test_prefill_stands_beside_the_flops_of_half_its_length():
     assert row["faster_over_flop_break_even"] == pytest.approx(2000 / tokens)
 
 
+def near(kind: str, window: int, ours: float, pure: float, length: int = 1024) -> Result:
+    """With 500 million FLOPs or bytes of the window: half a second at the machine's rates."""
+    case, outcomes = Case(kind, 16, 2, length, window), {OURS: Outcome(ours), PURE: Outcome(pure)}
+    return Result(case, outcomes, {READ: 1e9, GEMM: 1e9}, needed=600_000_000, window_needed=500_000_000)
+
+
+def test_a_window_is_compared_with_its_parts():
+    made = near("prefill", 64, ours=900.0, pure=250.0)
+    assert made.window_ratio == pytest.approx(900 / (250 + 500))
+    assert made.to_dict()["window_ratio"] == made.window_ratio
+    assert Result(made.case, made.outcomes, {READ: 1e9}, window_needed=1).window_ratio is None
+    assert Result(made.case, made.outcomes, made.rates).window_ratio is None
+    assert Result(made.case, {OURS: Outcome(1.0)}, made.rates, window_needed=1).window_ratio is None
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_windows_have_facts_of_their_own(kind: str):
+    made = [near(kind, 64, 900.0, 250.0), near(kind, 256, 600.0, 250.0), result(kind, 1024, 2.0, sdpa=1.0)]
+    rows = {row["window"]: row for row in facts.derive(made)[kind]}
+    assert rows.keys() == {0, 64, 256}
+    assert (rows[0]["speedup"], rows[64]["speedup"]) == ({"sdpa": {1024: 0.5}}, {"pure": {1024: 250 / 900}})
+    name, by = ("memory_break_even", "memory") if kind == "decode" else ("flop_break_even", "flops")
+    even = {window: ta.break_even_context(16, 2, window=window, by=by) for window in rows}
+    assert {window: row[name] for window, row in rows.items()} == {
+        window: tokens * (2 if kind == "prefill" else 1) for window, tokens in even.items()
+    }
+
+
+def test_a_prefills_facts_have_what_its_window_costs():
+    made = [near("prefill", 64, 900.0, 250.0), near("prefill", 64, 600.0, 250.0, 2048), result("prefill", 1024, 2.0)]
+    rows = facts.derive(made)["prefill"]
+    assert {row["window"]: row["window_ratio"] for row in rows} == {64: {1024: 1.2, 2048: 0.8}, 0: {}}
+
+
 def test_training_is_compared_with_its_forward_pass():
     trained = Result(Case("train", 16, 2, 100), {OURS: Outcome(6.0), FORWARD: Outcome(2.0), SOFTMAX: Outcome(3.0)})
     [row] = facts.derive([trained])["train"]
@@ -93,3 +127,19 @@ def test_there_is_a_plot_for_everything_that_was_measured(tmp_path: Path):
     drawn = figures.draw_all(tmp_path, [*results, result("prefill", 1024, None), result("train", 1, 1.0)])
     assert [path.name for path in drawn] == ["decode.png", "decode_fraction.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in drawn)
+
+
+def test_the_plot_of_windows_is_of_the_longest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plotted: list[tuple[str, list[tuple[int, float]], str]] = []
+    plot = figures._plot
+    monkeypatch.setattr(
+        figures,
+        "_plot",
+        lambda axes, points, *look: plotted.append((axes.get_xlabel(), points, look[-1])) or plot(axes, points, *look),
+    )
+    times = ((512, 1.0), (1024, 2.0))
+    made = [near("prefill", window, ours, pure, n) for n, pure in times for window, ours in ((256, 5.0), (64, 3.0))]
+    drawn = figures.draw_all(tmp_path, made)
+    assert [path.name for path in drawn] == ["windows.png"]
+    assert [points for _, points, _ in plotted] == [[(0, 1.0), (64, 1.5), (256, 2.5)]]
+    assert plotted[0][2] == "head size 16, degree 2"

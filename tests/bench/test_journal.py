@@ -13,6 +13,7 @@ from taylor_attention.errors import StorageError
 
 SETTINGS = Settings(against=("a:b",))
 FIRST = Result(Case("decode", 16, 2, 1024), {"taylor": Outcome(1.0, error=1e-7)}, {"x": 2.0}, needed=3, peak_bytes=4)
+NEAR = Result(Case("prefill", 16, 2, 1024, 64), {"taylor": Outcome(1.0)}, {"x": 2.0}, needed=3, window_needed=2)
 SECOND = Result(Case("prefill", 16, 2, 1024), {"taylor": Outcome(skipped="too large: it is")}, chunk=5)
 
 
@@ -29,6 +30,20 @@ def test_what_was_written_is_found_again(path: Path):
     assert journal.results == [FIRST, SECOND]
     assert journal.find(FIRST.case) == FIRST
     assert journal.find(replace(FIRST.case, length=2048)) is None
+    journal.append(NEAR)
+    again = Journal(path, SETTINGS, Result.from_dict, resume=True)
+    assert (again.find(NEAR.case), again.find(SECOND.case)) == (NEAR, SECOND)
+
+
+def test_results_from_before_there_were_windows_have_none(path: Path):
+    text = path.read_text()
+    for name in ('"window": 0', '"window_needed": null', '"window_ratio": null'):
+        assert name in text
+        text = text.replace(f", {name}", "")
+    path.write_text(text)
+    journal = Journal(path, SETTINGS, Result.from_dict, resume=True)
+    assert journal.results == [FIRST, SECOND]
+    assert journal.find(replace(FIRST.case, window=64)) is None
 
 
 def test_other_settings_are_kept_but_not_used(path: Path):

@@ -18,7 +18,7 @@ from taylor_attention.bench.measure import Bench, check, measure
 from taylor_attention.bench.rivals import Recurrent
 from taylor_attention.core.state import State
 from taylor_attention.errors import ArgumentError, TaylorAttentionError
-from taylor_attention.ops.reference import attention_reference
+from taylor_attention.ops.reference import attention_reference, softmax_reference
 from tolerances import TOLERANCE, relative_error
 
 SETTINGS = Settings(width=16, repeats=1, budget=0.01)
@@ -29,8 +29,8 @@ def bench(settings: Settings = SETTINGS, **factories) -> Bench:
     return Bench(settings, factories, Machine(gemm_size=16, nbytes=4096))
 
 
-def case(kind: str, length: int = 40, degree: int = 2) -> Case:
-    return Case(kind, 8, degree, length)
+def case(kind: str, length: int = 40, degree: int = 2, window: int = 0) -> Case:
+    return Case(kind, 8, degree, length, window)
 
 
 # ---- who takes part
@@ -44,6 +44,32 @@ def test_everyone_is_checked_and_timed(kind: str, degree: int):
     assert found.outcomes.keys() == {"taylor", "sdpa", "recurrent", "mine"} | forward
     assert all(outcome.milliseconds > 0 and outcome.turns == 1 for outcome in found.outcomes.values())
     assert all(found.outcomes[name].error < 1e-5 for name in found.outcomes.keys() - forward)
+
+
+@pytest.mark.parametrize("window", [5, 64])
+@pytest.mark.parametrize("degree", [2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_stands_beside_the_method_without_and_softmax(kind: str, degree: int, window: int):
+    found = measure(case(kind, degree=degree, window=window), bench(mine=Recurrent))
+    forward = {"taylor forward"} if kind == "train" else set()
+    assert found.outcomes.keys() == {"taylor", "pure", "sdpa", "sliding"} | forward
+    assert all(outcome.milliseconds > 0 for outcome in found.outcomes.values())
+    assert all(found.outcomes[name].error < 1e-5 for name in found.outcomes.keys() - forward)
+
+
+def test_a_windows_limit_is_that_of_its_parts():
+    found = {kind: measure(case(kind, window=10), bench()) for kind in KINDS}
+    prefill = found["prefill"]
+    assert prefill.chunk == 30  # what is far: one chunk, without the last 10 tokens
+    assert prefill.window_needed == 2 * (55 + 30 * 10) * 4 * 8  # two heads
+    assert prefill.needed == 2 * (2 * (8 + 9) * 465) + prefill.window_needed
+    assert prefill.window_ratio > 0
+    pure = measure(case("decode"), bench())
+    assert found["decode"].needed == pure.needed + 2 * 10 * (8 + 8) * 4
+    assert found["decode"].outcomes["taylor"].nbytes == State.zeros(1, 2, 8, 8, 2, window=10).nbytes
+    assert found["decode"].outcomes["pure"].nbytes == State.zeros(1, 2, 8, 8, 2).nbytes
+    assert found["decode"].outcomes["sliding"].nbytes == 2 * 2 * 10 * 8 * 4
+    assert found["decode"].window_ratio is None and found["train"].window_needed is None
 
 
 def test_each_kind_has_its_limit():
@@ -100,6 +126,32 @@ def test_the_library_with_a_wrong_result_is_refused(kind: str, monkeypatch: pyte
         measure(case(kind), bench())
 
 
+@pytest.mark.parametrize("kind", ["prefill", "train"])
+def test_the_pure_method_has_no_window(kind: str, monkeypatch: pytest.MonkeyPatch):
+    windows: list[int] = []
+    right = sequence.attention
+
+    def spy(*inputs, window, **rest):
+        windows.append(window)
+        return right(*inputs, window=window, **rest)
+
+    monkeypatch.setattr(sequence, "attention", spy)
+    found = {name: admit() for name, admit in sequence.contestants(case(kind, window=6), SETTINGS, {}).items()}
+    windows.clear()
+    for name in ("taylor", "pure"):
+        found[name].step()
+    assert windows == [6, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_window_is_a_wrong_result(kind: str, monkeypatch: pytest.MonkeyPatch):
+    module, name = (decode, "attention") if kind == "decode" else (sequence, "attention")
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *inputs, window, **rest: right(*inputs, window=max(0, window - 1), **rest))
+    with pytest.raises(DisagreementError, match=r"^taylor: expected a relative error of at most 2e-05"):
+        measure(case(kind, window=6), bench())
+
+
 def test_a_rival_with_a_wrong_gradient_is_refused():
     def cut_off(**shape):
         inner = Recurrent(**shape)
@@ -131,6 +183,16 @@ def test_a_state_over_the_limit_is_skipped_with_the_reason(kind: str):
     )
     assert found.outcomes.keys() == {"taylor"}
     assert measure(case(kind), bench(replace(SETTINGS, max_state_bytes=needed))).outcomes["taylor"].milliseconds
+
+
+def test_a_state_is_over_the_limit_with_its_window():
+    needed = 2 * 4 * 2 * 9 * 45 + 2 * 3 * ((8 + 9) * 4 + 2 * 8)  # a key, [v, 1] and two float64 for each near token
+    within, without = (
+        measure(case("decode", window=3), bench(replace(SETTINGS, max_state_bytes=limit))).outcomes["taylor"]
+        for limit in (needed, needed - 1)
+    )
+    assert within.milliseconds
+    assert without.skipped == f"larger than --max-state-bytes {needed - 1:,}: a state of {needed:,} bytes"
 
 
 def test_a_cache_that_does_not_fit_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch):
@@ -206,13 +268,26 @@ def test_a_context_has_the_tokens_asked_for_in_whole_blocks(length: int):
     assert context.state.tokens.tolist() == [context.tokens]
 
 
-def test_what_is_expected_after_a_context_is_attention_to_every_copy(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("copies", [1, 2, 5])
+@pytest.mark.parametrize("window", [0, 1, 3, 7, 8, 14, 100])
+def test_what_is_expected_after_a_context_is_attention_to_every_copy(
+    monkeypatch: pytest.MonkeyPatch, window: int, copies: int
+):
     monkeypatch.setattr(decode, "BLOCK", 6)
-    context = decode.make_context(case("decode", 18), SETTINGS, decode.Kept())
+    context = decode.make_context(case("decode", 6 * copies, window=window), SETTINGS, decode.Kept())
     fresh = [torch.cat(tokens, 2) for tokens in zip(*context.fresh[: decode.CHECKED], strict=True)]
-    whole = [torch.cat([x.repeat(1, 1, 3, 1), y], 2) for x, y in zip(context.block, fresh, strict=True)]
-    reference = partial(attention_reference, degree=2)
-    torch.testing.assert_close(context.expected(reference), reference(*whole)[:, :, 18:], rtol=1e-12, atol=1e-12)
+    whole = [torch.cat([x.repeat(1, 1, copies, 1), y], 2) for x, y in zip(context.block, fresh, strict=True)]
+    for reference in (partial(attention_reference, degree=2, window=window), softmax_reference):
+        expected = reference(*whole)[:, :, -decode.CHECKED :]
+        assert relative_error(context.expected(reference), expected) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("window", [3, 6, 100])
+@pytest.mark.parametrize("length", [4, 6, 30])
+def test_everyone_holds_the_window_of_any_context(monkeypatch: pytest.MonkeyPatch, length: int, window: int):
+    monkeypatch.setattr(decode, "BLOCK", 6)
+    found = measure(case("decode", length, window=window), bench())
+    assert all(outcome.error < 1e-5 for outcome in found.outcomes.values())
 
 
 def test_a_context_goes_on_from_a_shorter_one_of_the_same_block(monkeypatch: pytest.MonkeyPatch):
@@ -233,6 +308,15 @@ def test_a_context_goes_on_from_a_shorter_one_of_the_same_block(monkeypatch: pyt
     assert relative_error(moments(3 * 2**8, kept), expected * 3 / 32) < TOLERANCE[torch.float32]  # a shorter one
 
 
+def test_contexts_of_one_shape_are_kept_for_each_window():
+    kept = decode.Kept()
+    context = decode.make_context(case("decode", 600, window=5), SETTINGS, kept)
+    assert (context.state.window, replace(context, window=0).state.window) == (5, 0)
+    assert {window: copies for window, (copies, _) in kept.states.items()} == {5: 3, 0: 3}
+    assert decode.make_context(case("decode", 600, degree=1, window=5), SETTINGS, kept).state.degree == 1
+    assert kept.states.keys() == {5}
+
+
 # ---- plans
 
 
@@ -241,6 +325,11 @@ def test_cases_are_every_combination_from_short_to_long():
     assert found[:2] == [Case("train", 8, 2, 100), Case("train", 8, 3, 100)]
     assert found[4:6] == [Case("decode", 8, 2, 1024), Case("decode", 8, 2, 4096)]
     assert len(found) == 4 + 8
+
+
+def test_some_kinds_know_no_window():
+    found = plan_cases(["start", "train", "decode", "model"], [16], [2], contexts=[1024], lengths=[100], window=8)
+    assert {case.kind: case.window for case in found} == {"start": 0, "train": 8, "decode": 8, "model": 0}
 
 
 def test_what_could_not_go_through_is_refused_at_once():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import taylor_attention as ta
-from taylor_attention.bench.rivals import KeyValueCache, Memory, Recurrent, load_factory
+from taylor_attention.bench.rivals import KeyValueCache, Memory, Recurrent, Ring, load_factory, slide
 from taylor_attention.errors import ArgumentError
 from taylor_attention.ops.reference import attention_reference, softmax_reference
 from tolerances import TOLERANCE, relative_error
@@ -68,6 +68,25 @@ def test_the_cache_holds_every_copy_and_reuses_its_room(inputs):
         expected = softmax_reference(fresh[0, step], keys, values, causal=False)
         assert relative_error(got[step], expected) < TOLERANCE[torch.float32]
     assert KeyValueCache.size(5 * TOKENS + 3, HEADS, SIZE) == cache.key.nbytes + cache.value.nbytes
+
+
+@pytest.mark.parametrize("window", [1, 5, 8, TOKENS, 40])
+def test_softmax_slides_in_blocks_of_the_window(inputs, window: int):
+    leaves, exact = ([x.to(dtype).requires_grad_() for x in inputs] for dtype in (torch.float32, torch.float64))
+    got, expected = slide(*leaves, window), attention_reference(*exact, degree=None, window=window)
+    assert relative_error(got, expected) < TOLERANCE[torch.float32]
+    gradients = torch.autograd.grad(got.square().sum(), leaves[2])
+    assert relative_error(gradients[0], torch.autograd.grad(expected.square().sum(), exact[2])[0]) < 1e-5
+
+
+@pytest.mark.parametrize("before", [0, 2, 5, 20])
+def test_the_ring_holds_the_latest_tokens(inputs, before: int):
+    _, key, value = inputs
+    ring = Ring(key[:, :, :before], value[:, :, :before], 5)
+    got = [ring.decode(*token) for token in zip(*(x[:, :, before:].split(1, 2) for x in inputs), strict=True)]
+    expected = attention_reference(*inputs, degree=None, window=5)[:, :, before:]
+    assert relative_error(torch.cat(got, 2), expected) < TOLERANCE[torch.float32]
+    assert ring.key.shape == ring.value.shape == (1, HEADS, 5, SIZE)
 
 
 def test_memory_is_taken_again():

@@ -1,6 +1,7 @@
 """The specification itself, against arithmetic on Python numbers and PyTorch's own softmax attention."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,17 @@ def test_exact_weights_of_any_size_do_not_overflow(radius, degree):
     one = torch.ones_like(problem.key)
     found = attention_reference(one, radius * one, one, degree=degree, window=3, sinks=1)
     assert relative_error(found, one) < EXACT
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("kind", [{}, {"decay": "hard", "mask": "holes"}], ids=str)
+@pytest.mark.parametrize("near", [{}, {"window": 3, "sinks": 1}, {"window": 3, "reading": "fitted"}], ids=str)
+def test_causal_queries_are_the_last_tokens(near, kind, queries):
+    problem = make(batch=2, heads=4, kv_heads=2, length=12, **near, **kind)
+    last = replace(problem, query=problem.query[:, :, -queries:])
+    assert relative_error(last.oracle(), problem.oracle()[:, :, -queries:]) < EXACT
+    softmax, rows = (softmax_reference(*each.arguments, **each.along) for each in (problem, last))
+    assert relative_error(rows, softmax[:, :, -queries:]) < EXACT
 
 
 @pytest.mark.parametrize("causal", [True, False])

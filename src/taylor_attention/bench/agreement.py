@@ -57,7 +57,6 @@ def reference_rows(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[int
     One query against the keys before it at a time, so that the cost is linear in the length; differentiable.
     """
     found = [
-        reference(query[:, :, row : row + 1], key[:, :, : row + 1], value[:, :, : row + 1], causal=False)
-        for row in rows
+        reference(query[:, :, row : row + 1], key[:, :, : row + 1], value[:, :, : row + 1], causal=True) for row in rows
     ]
     return torch.cat(found, dim=2)

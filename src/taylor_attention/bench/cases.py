@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from .. import __version__
+from ..core.state import needed_bytes
 from ..errors import TaylorAttentionError, expect
-from .limits import moment_bytes
 from .machine import GEMM, READ
 
 OURS, SOFTMAX, RECURRENT = "taylor", "sdpa", "recurrent"
+PURE, SLIDING = "pure", "sliding"
+"""In cases with a window: ours without it, and softmax over the window alone."""
 FORWARD = "taylor forward"
 """In training cases: the forward pass alone."""
 
@@ -55,12 +59,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: `length` is the context of a decode or model step, or the tokens of a prefill or training step."""
+    """One problem.
+
+    Attributes:
+        length: the context of a decode or model step, or the tokens of a prefill or training step.
+        window: how many of the latest tokens are attended to exactly.
+    """
 
     kind: str
     head_dim: int
     degree: int
     length: int
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,7 @@ class Result:
         outcomes: by contestant, ours under `OURS`.
         rates: FLOP/s and bytes/s of the machine, taken by turns with the contestants.
         needed: FLOPs (prefill) or bytes (decode) that the method cannot avoid.
+        window_needed: FLOPs among them that are the window's (prefill).
         chunk: tokens per chunk that the library takes (prefill).
         peak_bytes: the most resident memory while the case was timed, of the whole process with all contestants in it.
     """
@@ -108,6 +119,7 @@ class Result:
     outcomes: dict[str, Outcome]
     rates: dict[str, float] = field(default_factory=dict)
     needed: int | None = None
+    window_needed: int | None = None
     chunk: int | None = None
     peak_bytes: int | None = None
 
@@ -123,6 +135,14 @@ class Result:
         return None if own is None or rate is None or self.needed is None else self.needed / (own / 1e3) / rate
 
     @property
+    def window_ratio(self) -> float | None:
+        """Of a prefill with a window: its time over that of the pure method and of the window's FLOPs in the GEMM."""
+        own, pure, rate = self.milliseconds(OURS), self.milliseconds(PURE), self.rates.get(GEMM)
+        if own is None or pure is None or rate is None or self.window_needed is None:
+            return None
+        return own / (pure + 1e3 * self.window_needed / rate)
+
+    @property
     def forward_ratio(self) -> float | None:
         """Of a training case: forward and backward over forward."""
         both, forward = self.milliseconds(OURS), self.milliseconds(FORWARD)
@@ -135,15 +155,18 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; what is derived stands there too, for readers."""
-        derived = {"fraction": self.fraction, "forward_ratio": self.forward_ratio}
-        return asdict(self) | derived | {"attention_shares": self.attention_shares}
+        ratios = {"fraction": self.fraction, "window_ratio": self.window_ratio, "forward_ratio": self.forward_ratio}
+        return asdict(self) | ratios | {"attention_shares": self.attention_shares}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Result:
-        """The result that gave this dict; KeyError, TypeError or AttributeError if none did."""
+        """The result that gave this dict; KeyError, TypeError or AttributeError if none did.
+
+        Results from before there were windows have none.
+        """
         outcomes = {name: Outcome(**outcome) for name, outcome in fields["outcomes"].items()}
         rest = {name: fields[name] for name in ("rates", "needed", "chunk", "peak_bytes")}
-        return cls(Case(**fields["case"]), outcomes, **rest)
+        return cls(Case(**fields["case"]), outcomes, window_needed=fields.get("window_needed"), **rest)
 
 
 @dataclass(frozen=True)
@@ -167,17 +190,19 @@ def plan_cases(
     *,
     contexts: Iterable[int],
     lengths: Iterable[int],
+    window: int = 0,
 ) -> list[Case]:
     """Every combination, kind by kind in the order of `KINDS`, short before long; start-up is one case.
 
     The shipped model has one shape, whatever is asked for, and reads contexts up to `MODEL_CONTEXT`, else the shortest.
+    Neither it nor start-up has a window.
     """
     sizes = {DECODE: sorted(set(contexts)), PREFILL: sorted(set(lengths)), TRAIN: sorted(set(lengths)), START: [256]}
     sizes[MODEL] = [size for size in sizes[DECODE] if size <= MODEL_CONTEXT] or sizes[DECODE][:1]
     shapes = [(head_dim, degree) for head_dim in sorted(set(head_dims)) for degree in sorted(set(degrees))]
     wanted = set(kinds)
     return [
-        Case(kind, head_dim, degree, size)
+        Case(kind, head_dim, degree, size, 0 if kind in (START, MODEL) else window)
         for kind in KINDS
         if kind in wanted
         for head_dim, degree in {START: shapes[:1], MODEL: [MODEL_SHAPE]}.get(kind, shapes)
@@ -197,11 +222,12 @@ def count_heads(case: Case, settings: Settings) -> int:
 
 
 def refuse_large_state(case: Case, settings: Settings) -> None:
-    """Decline a case whose state, moments and compensation, is over the limit.
+    """Decline a case whose state is over the limit.
 
     Raises:
         DeclinedError: it is.
     """
-    needed = 2 * moment_bytes(count_heads(case, settings), case.head_dim, case.degree)
+    heads, near = count_heads(case, settings), (case.window, 0, 0)
+    needed = needed_bytes(heads, case.head_dim, case.head_dim + 1, case.degree, near, torch.float32)
     if needed > settings.max_state_bytes:
         raise DeclinedError(f"larger than --max-state-bytes {settings.max_state_bytes:,}: a state of {needed:,} bytes")

@@ -2,15 +2,14 @@
 
 A context is a block of random tokens, many times over: its state is the block's, merged with itself until all tokens
 are in it; its key/value cache holds every copy. What follows it can then be compared with float64 at any length, since
-attention sees the block once, weighted by the number of copies.
+attention sees the copies that no window reaches once, weighted by their number.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,9 +22,9 @@ from ..ops.decode import decode_
 from ..ops.reference import attention_reference, softmax_reference
 from . import agreement
 from .agreement import Reference
-from .cases import OURS, RECURRENT, SOFTMAX, Case, DeclinedError, Ready, Settings, count_heads
+from .cases import OURS, PURE, RECURRENT, SLIDING, SOFTMAX, Case, DeclinedError, Ready, Settings, count_heads
 from .machine import available_bytes
-from .rivals import Attend, Factory, KeyValueCache, Memory, Recurrent
+from .rivals import Attend, Factory, KeyValueCache, Memory, Recurrent, Ring
 from .sequence import Admit, Inputs, decline_if_slow, draw, first_tokens
 
 BLOCK = 256  # tokens that a context consists of
@@ -42,13 +41,12 @@ class Kept:
 
     Attributes:
         memory: of the key/value cache.
-        state: ours after `copies` copies of the block of `shape`, head size and degree among it.
+        states: ours by window, each after so many copies of the block of `shape`, head size and degree among it.
     """
 
     memory: Memory = field(default_factory=Memory)
     shape: tuple[int, ...] = ()
-    copies: int = 0
-    state: State | None = None
+    states: dict[int, tuple[int, State]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class Context:
     copies: int
     fresh: list[Inputs]
     degree: int
+    window: int
     settings: Settings
     kept: Kept
 
@@ -66,6 +65,11 @@ class Context:
     def tokens(self) -> int:
         """Tokens of the context."""
         return self.copies * self.block[0].shape[2]
+
+    @property
+    def latest(self) -> int:
+        """Copies that the window may reach."""
+        return min(self.copies, -(-self.window // self.block[0].shape[2]))
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -77,16 +81,20 @@ class Context:
     def state(self) -> State:
         """Ours after the context: prefilled with the block, or left by a shorter context, and merged with itself."""
         kept, shape = self.kept, (*self.block[0].shape, self.degree)
-        if kept.state is None or kept.shape != shape or self.copies % kept.copies:
-            kept.state, kept.copies = self._prefill(), 1
-        kept.state = repeat(kept.state, self.copies // kept.copies)
-        kept.shape, kept.copies = shape, self.copies
-        return kept.state
+        if kept.shape != shape:
+            kept.shape, kept.states = shape, {}
+        copies, state = kept.states.get(self.window, (0, None))
+        if state is None or self.copies % copies:
+            copies, state = 1, self._prefill()
+        state = repeat(state, self.copies // copies)
+        kept.states[self.window] = self.copies, state
+        return state
 
     def _prefill(self) -> State:
         _, state = attention(
             *self.block,
             degree=self.degree,
+            window=self.window,
             return_state=True,
             backend=self.settings.backend,
             chunk_size=self.settings.chunk,
@@ -97,16 +105,15 @@ class Context:
     def expected(self, reference: Reference) -> Tensor:
         """What the first fresh tokens attend to, float64 [1, H, CHECKED, d].
 
-        A log decay of +log(copies) where the fresh tokens begin weighs the block as often as it is there.
+        The keys are a block that stands for the copies that no window reaches, the latest copies, and the fresh tokens.
+        A log decay of +log(n) after the first block weighs it n times.
         """
-        query, key, value = (
-            torch.cat([block, *(token[i] for token in self.fresh[:CHECKED])], dim=2)
-            for i, block in enumerate(self.block)
-        )
-        start = self.block[0].shape[2]
-        log_decay = torch.zeros(key.shape[:3], dtype=torch.float64)
-        log_decay[:, :, start] = math.log(self.copies)
-        return reference(query, key, value, causal=True, log_decay=log_decay)[:, :, start:]
+        tokens = self.block[0].shape[2]
+        fresh = [torch.cat(each, dim=2) for each in zip(*self.fresh[:CHECKED], strict=True)]
+        key, value = (torch.cat([self.block[i]] * (1 + self.latest) + [fresh[i]], dim=2) for i in (1, 2))
+        log_decay = torch.zeros(1, 1, key.shape[2], dtype=torch.float64)  # the same for all heads
+        log_decay[:, :, tokens] = torch.tensor(self.copies - self.latest, dtype=torch.float64).log()
+        return reference(fresh[0], key, value, causal=True, log_decay=log_decay)
 
 
 def repeat(state: State, times: int) -> State:
@@ -128,14 +135,20 @@ def make_context(case: Case, settings: Settings, kept: Kept) -> Context:
     block = draw(heads, tokens, case.head_dim)
     fresh = zip(*(x.split(1, dim=2) for x in draw(heads, FRESH, case.head_dim)), strict=True)
     after = [(q.clone(), k.clone(), v.clone()) for q, k, v in fresh]
-    return Context(block, -(-case.length // tokens), after, case.degree, settings, kept)
+    return Context(block, -(-case.length // tokens), after, case.degree, case.window, settings, kept)
 
 
 def contestants(case: Case, settings: Settings, factories: Mapping[str, Factory], kept: Kept) -> dict[str, Admit]:
-    """Who takes part: each function checks its contestant and returns it ready to be timed, or declines."""
+    """Who takes part: each function checks its contestant and returns it ready to be timed, or declines.
+
+    Rivals compute the pure method, so with a window there are others to compare with.
+    """
     context = make_context(case, settings, kept)
-    admit = {OURS: _admit_ours, SOFTMAX: _admit_cache, RECURRENT: _admit_recurrent}
-    found: dict[str, Admit] = {name: partial(function, context) for name, function in admit.items()}
+    found: dict[str, Admit] = {OURS: partial(_admit_ours, OURS, context), SOFTMAX: partial(_admit_cache, context)}
+    if case.window:
+        pure = replace(context, window=0)
+        return found | {PURE: partial(_admit_ours, PURE, pure), SLIDING: partial(_admit_ring, context)}
+    found[RECURRENT] = partial(_admit_recurrent, context)
     for name, factory in factories.items():
         found[name] = partial(_admit_rival, name, factory, context)
     return found
@@ -162,14 +175,14 @@ def _ready(
 
 
 def _taylor(context: Context) -> Reference:
-    return partial(attention_reference, degree=context.degree)
+    return partial(attention_reference, degree=context.degree, window=context.window)
 
 
-def _admit_ours(context: Context) -> Ready:
+def _admit_ours(name: str, context: Context) -> Ready:
     state = context.state.clone()
     period = state.tail_key.shape[-1]  # the tail is folded into the moments once in so many steps
     step = partial(decode_, state=state, backend=context.settings.backend)
-    return _ready(OURS, context, step, _taylor(context), agreement.EXACT, state.nbytes, period)
+    return _ready(name, context, step, _taylor(context), agreement.EXACT, state.nbytes, period)
 
 
 def _admit_cache(context: Context) -> Ready:
@@ -180,6 +193,13 @@ def _admit_cache(context: Context) -> Ready:
     cache = KeyValueCache(context.block[1], context.block[2], context.copies, FRESH, context.kept.memory)
     tolerance = agreement.LOOSE * max(1, context.tokens / 2**20)  # its sums lose digits as the context grows
     return _ready(SOFTMAX, context, cache.decode, softmax_reference, tolerance, needed)
+
+
+def _admit_ring(context: Context) -> Ready:
+    key, value = (x.repeat(1, 1, context.latest, 1) for x in context.block[1:])
+    ring = Ring(key, value, context.window)
+    near = partial(attention_reference, degree=None, window=context.window)
+    return _ready(SLIDING, context, ring.decode, near, agreement.LOOSE, ring.key.nbytes + ring.value.nbytes)
 
 
 def _admit_recurrent(context: Context) -> Ready:

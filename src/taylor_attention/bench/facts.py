@@ -10,14 +10,15 @@ from typing import Any
 from ..core.cost import break_even_context
 from .cases import DECODE, FORWARD, MODEL, OURS, PREFILL, SOFTMAX, TRAIN, Result
 
-Shape = tuple[int, int]  # head size, degree
+WINDOW_RATIO = 1.3
+"""Asked of a prefill with a window: to take at most so many times as long as its parts; see `Result.window_ratio`."""
 
 
 def derive(results: Iterable[Result]) -> dict[str, list[dict[str, Any]]]:
-    """The facts of each kind, one row per head size and degree."""
+    """The facts of each kind, one row per head size, degree and window."""
     found: dict[str, list[dict[str, Any]]] = {DECODE: [], PREFILL: [], TRAIN: [], MODEL: []}
-    for (kind, head_dim, degree), own in _series(results).items():
-        shape = {"head_dim": head_dim, "degree": degree}
+    for (kind, head_dim, degree, window), own in _series(results).items():
+        shape = {"head_dim": head_dim, "degree": degree, "window": window}
         rivals = {"speedup": {name: _speedups(own, name) for name in _rivals(own)}}
         if kind == DECODE:
             found[kind].append(shape | rivals | _decode_facts(own))
@@ -30,12 +31,13 @@ def derive(results: Iterable[Result]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _series(results: Iterable[Result]) -> dict[tuple[str, int, int], list[Result]]:
+def _series(results: Iterable[Result]) -> dict[tuple[str, int, int, int], list[Result]]:
     """The measured results of each kind and shape, by length."""
     found = defaultdict(list)
     for result in sorted(results, key=lambda result: result.case.length):
         if result.milliseconds(OURS) is not None:
-            found[result.case.kind, result.case.head_dim, result.case.degree].append(result)
+            case = result.case
+            found[case.kind, case.head_dim, case.degree, case.window].append(result)
     return found
 
 
@@ -59,7 +61,7 @@ def _decode_facts(results: Sequence[Result]) -> dict[str, Any]:
     """Flatness, and the shortest measured context from which on a step is faster than one of softmax."""
     case = results[0].case
     own = [result.milliseconds(OURS) or 0.0 for result in results]
-    memory = break_even_context(case.head_dim, case.degree, by="memory")
+    memory = break_even_context(case.head_dim, case.degree, window=case.window, by="memory")
     faster = [length for length, ours, theirs in _lasting(_pairs(results, SOFTMAX))]
     return {
         "flatness": max(own) / min(own),
@@ -76,13 +78,13 @@ def _lasting(pairs: Sequence[tuple[int, float, float]]) -> list[tuple[int, float
 
 
 def _prefill_facts(results: Sequence[Result]) -> dict[str, Any]:
-    """From which length a prefill is faster than causal softmax, beside where their FLOPs are equal.
+    """From which length a prefill is faster than causal softmax, where their FLOPs are equal, and what a window costs.
 
     The tokens of a prefill see half its length on average, so its FLOPs break even at twice the context where those of
     one token do.
     """
     case = results[0].case
-    flops = 2 * break_even_context(case.head_dim, case.degree, by="flops")
+    flops = 2 * break_even_context(case.head_dim, case.degree, window=case.window, by="flops")
     pairs = _pairs(results, SOFTMAX)
     faster = crossing(pairs)
     return {
@@ -90,6 +92,7 @@ def _prefill_facts(results: Sequence[Result]) -> dict[str, Any]:
         "faster_at_the_shortest": bool(pairs) and faster == pairs[0][0],
         "flop_break_even": flops,
         "faster_over_flop_break_even": None if faster is None else faster / flops,
+        "window_ratio": {r.case.length: r.window_ratio for r in results if r.window_ratio is not None},
     }
 
 

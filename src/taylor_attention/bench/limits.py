@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..core.basis import feature_count
-from ..core.cost import state_size
+from ..core.cost import cache_size, state_size
 from ..core.state import tail_size
 from ..ops.backends import uses_kernels
 from ..ops.tiling import KERNELS, TORCH, choose
@@ -26,6 +26,13 @@ def prefill_flops(tokens: int, heads: int, head_dim: int, degree: int, chunk: in
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     across = sum(lengths[1:]) + sum(lengths[:-1])  # the first chunk reads nothing, the last need not be added
     return heads * (2 * (head_dim + columns) * pairs + 2 * features * columns * across)
+
+
+def window_flops(tokens: int, heads: int, head_dim: int, window: int) -> int:
+    """FLOPs of exact attention to the latest tokens: 2 (d + d) for the score and the value of each pair."""
+    full = min(window, tokens)  # of a window that is filled; the queries before it see fewer
+    pairs = full * (full + 1) // 2 + (tokens - full) * full
+    return heads * 4 * head_dim * pairs
 
 
 def chosen_chunk(tokens: int, heads: int, head_dim: int, degree: int, backend: str, asked: int | None) -> int:
@@ -52,11 +59,12 @@ def moment_bytes(heads: int, head_dim: int, degree: int) -> int:
     return FLOAT_BYTES * state_size(head_dim, degree, kv_heads=heads)
 
 
-def decode_bytes(heads: int, head_dim: int, degree: int) -> int:
+def decode_bytes(heads: int, head_dim: int, degree: int, window: int) -> int:
     """Bytes that a decode step must move.
 
-    The moments are read once per token. Once per tail, its tokens are folded in: moments and compensation are read
-    and written; the step is charged with its share.
+    The moments, and the keys and values of the window, are read once per token. Once per tail, its tokens are folded
+    in: moments and compensation are read and written; the step is charged with its share.
     """
     moments = moment_bytes(heads, head_dim, degree)
-    return moments + 4 * moments // tail_size(head_dim, head_dim, degree)
+    near = FLOAT_BYTES * cache_size(window, head_dim, kv_heads=heads)
+    return moments + near + 4 * moments // tail_size(head_dim, head_dim, degree)

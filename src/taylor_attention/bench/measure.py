@@ -27,7 +27,7 @@ from .cases import (
     count_heads,
     refuse_large_state,
 )
-from .limits import chosen_chunk, decode_bytes, prefill_flops
+from .limits import chosen_chunk, decode_bytes, prefill_flops, window_flops
 from .machine import COPY, GEMM, READ, Machine, available_bytes, memory_guard, peak_memory
 from .rivals import Factory
 from .sequence import Admit
@@ -67,7 +67,7 @@ def measure(case: Case, bench: Bench) -> Result:
         run = partial(time_by_turns, [*own, *beside], repeats=settings.repeats, budget=settings.budget)
         timings, peak = peak_memory(run)
     outcomes = {name: _outcome(timings[name], each) for name, each in ready.items()}
-    return Result(case, outcomes | skipped, bench.machine.rates(timings), *_needed(case, settings), peak)
+    return Result(case, outcomes | skipped, bench.machine.rates(timings), **_needed(case, settings), peak_bytes=peak)
 
 
 def _contestants(case: Case, bench: Bench) -> dict[str, Admit]:
@@ -96,15 +96,19 @@ def _outcome(timing: Timing, ready: Ready) -> Outcome:
     return Outcome(median, fastest, slowest, timing.turns, timing.steps, ready.error, ready.nbytes)
 
 
-def _needed(case: Case, settings: Settings) -> tuple[int | None, int | None]:
-    """What the limit counts, bytes of a decode step or FLOPs of a prefill, and the prefill's chunk."""
-    heads = count_heads(case, settings)
+def _needed(case: Case, settings: Settings) -> dict[str, int]:
+    """What the limit counts, bytes of a decode step or FLOPs of a prefill, and the prefill's chunk.
+
+    The far part of a prefill is a window shorter: as many tokens never leave the window.
+    """
+    heads, head_dim, degree = count_heads(case, settings), case.head_dim, case.degree
     if case.kind == DECODE:
-        return decode_bytes(heads, case.head_dim, case.degree), None
+        return {"needed": decode_bytes(heads, head_dim, degree, case.window)}
     if case.kind != PREFILL:
-        return None, None
-    chunk = chosen_chunk(case.length, heads, case.head_dim, case.degree, settings.backend, settings.chunk)
-    return prefill_flops(case.length, heads, case.head_dim, case.degree, chunk), chunk
+        return {}
+    far, near = max(0, case.length - case.window), window_flops(case.length, heads, head_dim, case.window)
+    chunk = chosen_chunk(far, heads, head_dim, degree, settings.backend, settings.chunk)
+    return {"needed": prefill_flops(far, heads, head_dim, degree, chunk) + near, "window_needed": near, "chunk": chunk}
 
 
 def check(cases: Iterable[Case], settings: Settings) -> None:

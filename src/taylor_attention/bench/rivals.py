@@ -1,4 +1,4 @@
-"""What the library is measured against: softmax with a key/value cache, the plain recurrence, and anyone's callable.
+"""What the library is measured against: softmax over all tokens or the latest, the recurrence, anyone's callable.
 
 A callable joins through a factory, which is called with heads, head_dim, value_dim, degree and causal (always True) and
 returns `attend(query, key, value, continue_sequence) -> y`, [1, heads, T, d] each. The callable keeps its own state:
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from ..core.basis import expand, reading_weights
@@ -136,7 +137,41 @@ class KeyValueCache:
         self.key[:, :, place], self.value[:, :, place] = key[:, :, 0], value[:, :, 0]
         self.used += 1
         filled = slice(0, place + 1)
-        return torch.nn.functional.scaled_dot_product_attention(query, self.key[:, :, filled], self.value[:, :, filled])
+        return scaled_dot_product_attention(query, self.key[:, :, filled], self.value[:, :, filled])
+
+
+class Ring:
+    """The keys and values of the latest tokens; decoded with PyTorch's softmax."""
+
+    def __init__(self, key: Tensor, value: Tensor, window: int) -> None:
+        """A ring of `window` tokens after these, [1, H, T, d] both."""
+        _, heads, self.tokens, head_dim = key.shape
+        self.key, self.value = key.new_empty(2, 1, heads, window, head_dim)
+        places = torch.arange(max(0, self.tokens - window), self.tokens)
+        self.key[:, :, places % window], self.value[:, :, places % window] = key[:, :, places], value[:, :, places]
+
+    def decode(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Put one token in the oldest one's place and attend from it to all: [1, H, 1, d] each."""
+        window = self.key.shape[2]
+        place = self.tokens % window
+        self.key[:, :, place], self.value[:, :, place] = key[:, :, 0], value[:, :, 0]
+        self.tokens += 1
+        filled = slice(0, self.tokens)
+        return scaled_dot_product_attention(query, self.key[:, :, filled], self.value[:, :, filled])
+
+
+def slide(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """Softmax over the latest `window` keys of each query by PyTorch's own, [1, H, T, d] each.
+
+    Blocks of `window` queries see their own keys and those of the block before, within a band.
+    """
+    tokens, place = query.shape[2], torch.arange(window)
+    q, k, v = (pad(x[0], (0, 0, 0, -tokens % window)).unflatten(1, (-1, window)) for x in (query, key, value))
+    k, v = (torch.cat((pad(x, (0, 0, 0, 0, 1, 0))[:, :-1], x), dim=2) for x in (k, v))  # [H, T / window, 2 window, d]
+    band = torch.cat((place > place[:, None], place <= place[:, None]), dim=1).repeat(q.shape[1], 1, 1)
+    band[0, :, :window] = False  # nothing is before the first block
+    # a mask with an axis less would keep PyTorch from its fused kernel
+    return scaled_dot_product_attention(q, k, v, attn_mask=band[None]).flatten(1, 2)[None, :, :tokens]
 
 
 def load_factory(place: str) -> tuple[str, Factory]:

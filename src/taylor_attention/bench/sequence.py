@@ -13,9 +13,22 @@ from ..ops.attention import attention
 from ..ops.reference import attention_reference, softmax_reference
 from . import agreement
 from .agreement import Reference
-from .cases import FORWARD, OURS, PREFILL, RECURRENT, SOFTMAX, Case, DeclinedError, Ready, Settings, count_heads
+from .cases import (
+    FORWARD,
+    OURS,
+    PREFILL,
+    PURE,
+    RECURRENT,
+    SLIDING,
+    SOFTMAX,
+    Case,
+    DeclinedError,
+    Ready,
+    Settings,
+    count_heads,
+)
 from .machine import working_memory
-from .rivals import Attend, Factory, Recurrent
+from .rivals import Attend, Factory, Recurrent, slide
 
 PROBES = (1, 16)  # tokens by which a rival's speed is estimated
 OVERHEAD = 0.1  # seconds beyond which one token's time is work, not calls
@@ -39,20 +52,33 @@ def first_tokens(inputs: Inputs, tokens: int) -> Inputs:
 
 
 def contestants(case: Case, settings: Settings, factories: Mapping[str, Factory]) -> dict[str, Admit]:
-    """Who takes part: each function checks its contestant and returns it ready to be timed, or declines."""
-    heads = count_heads(case, settings)
-    inputs = draw(heads, case.length, case.head_dim)
+    """Who takes part: each function checks its contestant and returns it ready to be timed, or declines.
+
+    Rivals compute the pure method, so with a window there are others to compare with.
+    """
+    inputs = draw(count_heads(case, settings), case.length, case.head_dim)
     taylor = partial(attention_reference, degree=case.degree)
 
-    def own(query: Tensor, key: Tensor, value: Tensor, continue_sequence: bool) -> Tensor:
-        return attention(query, key, value, degree=case.degree, backend=settings.backend, chunk_size=settings.chunk)
+    def own(window: int, query: Tensor, key: Tensor, value: Tensor, continue_sequence: bool) -> Tensor:
+        backend, chunk = settings.backend, settings.chunk
+        return attention(query, key, value, degree=case.degree, window=window, backend=backend, chunk_size=chunk)
+
+    def ours(name: str, window: int) -> Admit:
+        exact = partial(taylor, window=window)
+        return lambda: admit(name, case, partial(own, window), inputs, exact, agreement.EXACT)
 
     found: dict[str, Admit] = {
-        OURS: lambda: admit(OURS, case, own, inputs, taylor, agreement.EXACT),
+        OURS: ours(OURS, case.window),
         SOFTMAX: lambda: admit(SOFTMAX, case, _softmax, inputs, softmax_reference, agreement.LOOSE),
     }
     if case.kind != PREFILL:
-        found[FORWARD] = lambda: Ready(lambda: own(*_leaves(inputs), False))
+        found[FORWARD] = lambda: Ready(lambda: own(case.window, *_leaves(inputs), False))
+    if case.window:
+        near = partial(attention_reference, degree=None, window=case.window)
+        sliding = partial(_slide, case.window)
+        found[PURE] = ours(PURE, 0)
+        found[SLIDING] = lambda: admit(SLIDING, case, sliding, inputs, near, agreement.LOOSE)
+        return found
     for name, factory in {RECURRENT: Recurrent, **factories}.items():
         found[name] = partial(_admit_rival, name, case, factory, inputs, taylor, settings.patience)
     return found
@@ -60,6 +86,10 @@ def contestants(case: Case, settings: Settings, factories: Mapping[str, Factory]
 
 def _softmax(query: Tensor, key: Tensor, value: Tensor, continue_sequence: bool) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def _slide(window: int, query: Tensor, key: Tensor, value: Tensor, continue_sequence: bool) -> Tensor:
+    return slide(query, key, value, window)
 
 
 def _admit_rival(

@@ -12,7 +12,7 @@ import click
 import torch
 
 from ..bench import facts, figures
-from ..bench.cases import KINDS, Case, Result, Settings, plan_cases
+from ..bench.cases import DECODE, KINDS, PREFILL, Case, Result, Settings, plan_cases
 from ..bench.journal import Journal
 from ..bench.machine import COPY, GEMM, READ, Machine, describe
 from ..bench.measure import Bench, check, measure
@@ -24,6 +24,8 @@ from .bench_report import describe_case, describe_result, report
 from .console import emit_json, err, json_option, make_folder, progress_bar
 
 FULL: dict[str, Any] = {
+    "only": KINDS,
+    "window": (0, 64, 256),
     "head_dim": (8, 16, 32, 64),
     "degree": (2, 3, 4),
     "context": (*(1024 * 4**i for i in range(6)), 10 * 2**20),
@@ -31,7 +33,17 @@ FULL: dict[str, Any] = {
     "repeats": Settings.repeats,
     "budget": Settings.budget,
 }
+FULL_NEAR = FULL | {
+    "only": (PREFILL, DECODE),
+    "degree": (2, 3),
+    "context": (1024, 65536),
+    "length": (8192,),
+}
+"""With a window: fewer, so that a full run takes half an hour at most."""
+
 QUICK: dict[str, Any] = {
+    "only": KINDS,
+    "window": (0, 64),
     "head_dim": (16, 64),
     "degree": (2,),
     "context": (1024, 65536),
@@ -39,6 +51,9 @@ QUICK: dict[str, Any] = {
     "repeats": 3,
     "budget": 0.2,
 }
+QUICK_NEAR = QUICK | {"only": (PREFILL, DECODE)}
+
+_SHAPE = ("only", "head_dim", "degree", "context", "length")
 
 _POSITIVE = click.IntRange(min=1)
 _SECONDS = click.FloatRange(min=0, min_open=True)
@@ -56,9 +71,12 @@ paper's reference implementation; `attend` gets [1, heads, T, d] tensors and kee
 A rival whose memory grows with T should cut long inputs in blocks."""
 
 
-def _default(name: str) -> str:
-    values = FULL[name] if isinstance(FULL[name], tuple) else (FULL[name],)
+def _default(name: str, defaults: Mapping[str, Any] = FULL) -> str:
+    values = defaults[name] if isinstance(defaults[name], tuple) else (defaults[name],)
     return f"[{', '.join(str(value) for value in values)}]"
+
+
+_NEAR = ", ".join(f"--{name} {_default(name, FULL_NEAR)}" for name in ("only", "degree", "context", "length"))
 
 
 @click.command(short_help="Measure decode, prefill, training and a model beside softmax.", epilog=_RIVALS)
@@ -66,6 +84,12 @@ def _default(name: str) -> str:
 @click.option("--head-dim", multiple=True, type=_POSITIVE, help=f"Head size; repeatable {_default('head_dim')}.")
 @click.option(
     "--degree", multiple=True, type=click.IntRange(min=0), help=f"Of the series; repeatable {_default('degree')}."
+)
+@click.option(
+    "--window",
+    multiple=True,
+    type=click.IntRange(min=0),
+    help=f"Latest tokens, weighed exactly; repeatable {_default('window')}. Above 0 the others default to {_NEAR}.",
 )
 @click.option("--width", type=_POSITIVE, default=Settings.width, show_default=True, help="Heads times head size.")
 @click.option("--context", multiple=True, type=_POSITIVE, help="Of a decode step; repeatable [1K, 4K, ..., 1M, 10M].")
@@ -95,18 +119,18 @@ def _default(name: str) -> str:
 @click.option("--resume", is_flag=True, help="Keep the results that OUT has of the same settings; measure the others.")
 @click.option("--quick", is_flag=True, help="Fewer and smaller problems, where no options say which.")
 @json_option
-def bench(only: tuple[str, ...], folder: str, resume: bool, quick: bool, as_json: bool, **asked: Any) -> None:
+def bench(folder: str, resume: bool, quick: bool, as_json: bool, **asked: Any) -> None:
     """Measure decode, prefill and training steps, by turns with softmax, the plain recurrence and rivals.
 
-    Then a generate step of the shipped model and of its softmax twin, and what part of it is attention. Every result is
-    checked before it is timed, those of attention against float64. Ends with tables, a line of JSON, and
-    OUT/{results.jsonl, *.png}; about 25 minutes on two cores, or --quick.
+    With a window, by turns with the method without it, softmax, and softmax over the window alone. Then a generate step
+    of the shipped model and of its softmax twin, and what part of it is attention. Every result is checked before it is
+    timed, those of attention against float64. Ends with tables, a line of JSON, and OUT/{results.jsonl, *.png}; about
+    25 minutes on two cores, or --quick.
     """
-    defaults = QUICK if quick else FULL
-    asked = {name: defaults.get(name, value) if value in (None, ()) else value for name, value in asked.items()}
+    defaults, near = (QUICK, QUICK_NEAR) if quick else (FULL, FULL_NEAR)
+    cases = _plan({name: asked.pop(name) for name in ("window", *_SHAPE)}, defaults, near)
+    asked = {name: defaults.get(name) if value is None else value for name, value in asked.items()}
     factories = _load_rivals(asked.pop("against"))
-    head_dims, degrees, contexts, lengths = (asked.pop(name) for name in ("head_dim", "degree", "context", "length"))
-    cases = plan_cases(only or KINDS, head_dims, degrees, contexts=contexts, lengths=lengths)
     asked["threads"] = asked["threads"] or torch.get_num_threads()
     settings = Settings(**asked, against=tuple(factories))
     check(cases, settings)
@@ -124,6 +148,17 @@ def bench(only: tuple[str, ...], folder: str, resume: bool, quick: bool, as_json
     if not as_json:
         report(summary, results)
     emit_json(summary)
+
+
+def _plan(asked: Mapping[str, Any], defaults: Mapping[str, Any], near: Mapping[str, Any]) -> list[Case]:
+    """The cases that the options ask for, with defaults where they do not say, others where there is a window."""
+    cases = []
+    for window in sorted(set(asked["window"] or defaults["window"])):
+        kinds, head_dims, degrees, contexts, lengths = (
+            asked[name] or (near if window else defaults)[name] for name in _SHAPE
+        )
+        cases += plan_cases(kinds, head_dims, degrees, contexts=contexts, lengths=lengths, window=window)
+    return list(dict.fromkeys(cases))  # some kinds know no window
 
 
 def _load_rivals(places: Sequence[str]) -> dict[str, Factory]:

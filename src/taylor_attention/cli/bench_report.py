@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from rich.table import Table
 
 from ..bench.cases import DECODE, FORWARD, MODEL, OURS, PREFILL, START, TRAIN, Case, Result
+from ..bench.facts import WINDOW_RATIO
 from ..bench.machine import COPY, GEMM, READ
 from .console import out, size, table
 
@@ -20,6 +21,7 @@ TITLES = {
     TRAIN: "Training: causal, forward and backward",
     MODEL: "Model: generating one byte after a context, with the shipped weights",
 }
+PARTS = "/ (pure + window)"
 WIDE = 140  # columns where stdout is no terminal: a file is as wide as its tables
 BUSY = 0.5
 """A load from which on times are noisy: on few cores every other process shows."""
@@ -27,7 +29,8 @@ BUSY = 0.5
 
 def describe_case(case: Case) -> str:
     """A case in a few words."""
-    return f"{case.kind}, head size {case.head_dim}, degree {case.degree}, {case.length:,} tokens"
+    window = f", window {case.window}" if case.window else ""
+    return f"{case.kind}, head size {case.head_dim}, degree {case.degree}{window}, {case.length:,} tokens"
 
 
 def describe_result(result: Result) -> str:
@@ -64,7 +67,7 @@ def report(summary: dict[str, Any], results: Sequence[Result]) -> None:
     for made in (_decode_facts(summary["facts"][DECODE]), _prefill_facts(summary["facts"][PREFILL])):
         if made.row_count:
             console.print(made)
-    for line in (*_skipped(results), *_files(summary)):
+    for line in (*_windows(summary["facts"][PREFILL]), *_skipped(results), *_files(summary)):
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -72,7 +75,7 @@ def _start_table(results: Sequence[Result]) -> Table:
     names = list(results[0].outcomes)
     shown = table(TITLES[START], "d, degree", *(f"{name} ms" for name in names))
     for result in results:
-        shown.add_row(_shape(result.case), *(_number(result.milliseconds(name)) for name in names))
+        shown.add_row(_shape_of(result.case), *(_number(result.milliseconds(name)) for name in names))
     return shown
 
 
@@ -88,7 +91,7 @@ def _model_table(results: Sequence[Result]) -> Table:
             share = "" if own.attention_share is None else f" ({own.attention_share:.0%})"
             memory = "-" if own.nbytes is None else size(own.nbytes)
             row += [_number(own.milliseconds), f"{_number(own.attention)}{share}", memory]
-        shown.add_row(_shape(result.case), f"{result.case.length:,}", *row)
+        shown.add_row(_shape_of(result.case), f"{result.case.length:,}", *row)
     return shown
 
 
@@ -97,24 +100,35 @@ _TABLES = {START: _start_table, MODEL: _model_table}
 
 def _table(kind: str, results: Sequence[Result]) -> Table:
     """One row per case: ours with its limit and memory, then each rival's time and how many times ours that is."""
-    names = dict.fromkeys(name for result in results for name in result.outcomes)
-    rivals = [name for name in names if name not in (OURS, FORWARD)]
-    limit = "/ forward" if kind == TRAIN else "of limit"
-    memory = "state" if kind == DECODE else "memory"
-    shown = table(TITLES[kind], "d, degree", "tokens", f"{OURS} ms", limit, memory, *(f"{n} ms" for n in rivals))
+    columns = _columns(kind, results)
+    shown = table(TITLES[kind], "d, degree", "tokens", *columns)
     for result in results:
-        own = result.outcomes[OURS]
-        if own.milliseconds is not None:
-            share = result.forward_ratio if kind == TRAIN else result.fraction
-            numbers = _number(own.milliseconds), _number(share), "?" if own.nbytes is None else size(own.nbytes)
-            shown.add_row(
-                _shape(result.case), f"{result.case.length:,}", *numbers, *(_beside(result, n) for n in rivals)
-            )
+        if result.milliseconds(OURS) is not None:
+            numbers = (show(result) for show in columns.values())
+            shown.add_row(_shape_of(result.case), f"{result.case.length:,}", *numbers)
     return shown
 
 
-def _shape(case: Case) -> str:
-    return f"{case.head_dim}, {case.degree}"
+def _columns(kind: str, results: Sequence[Result]) -> dict[str, Callable[[Result], str]]:
+    """What a kind's table shows of each result, by heading."""
+    columns: dict[str, Callable[[Result], str]] = {f"{OURS} ms": lambda result: _number(result.milliseconds(OURS))}
+    if kind == TRAIN:
+        columns["/ forward"] = lambda result: _number(result.forward_ratio)
+    else:
+        columns["of limit"] = lambda result: _number(result.fraction)
+    if any(result.window_ratio is not None for result in results):
+        columns[PARTS] = lambda result: _number(result.window_ratio)
+    columns["state" if kind == DECODE else "memory"] = _memory
+    names = dict.fromkeys(name for result in results for name in result.outcomes if name not in (OURS, FORWARD))
+    return columns | {f"{name} ms": partial(_beside, name) for name in names}
+
+
+def _shape_of(case: Case) -> str:
+    return _shape(case.head_dim, case.degree, case.window)
+
+
+def _shape(head_dim: int, degree: int, window: int) -> str:
+    return f"{head_dim}, {degree}" + (f", window {window}" if window else "")
 
 
 def _number(value: float | None) -> str:
@@ -123,7 +137,12 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _beside(result: Result, rival: str) -> str:
+def _memory(result: Result) -> str:
+    nbytes = result.outcomes[OURS].nbytes
+    return "?" if nbytes is None else size(nbytes)
+
+
+def _beside(rival: str, result: Result) -> str:
     theirs, ours = result.milliseconds(rival), result.milliseconds(OURS)
     return "-" if theirs is None or ours is None else f"{_number(theirs)} ({_number(theirs / ours)}x)"
 
@@ -135,7 +154,8 @@ def _decode_facts(rows: Sequence[dict[str, Any]]) -> Table:
         start, even = row["faster_from_context"], row["memory_break_even"]
         place = "not within measured contexts" if start is None else f"{start:,}"
         ratio = _number(row["faster_over_memory_break_even"])
-        shown.add_row(f"{row['head_dim']}, {row['degree']}", f"{row['flatness']:.2f}", place, f"{even:,}", ratio)
+        shape = _shape(row["head_dim"], row["degree"], row["window"])
+        shown.add_row(shape, f"{row['flatness']:.2f}", place, f"{even:,}", ratio)
     return shown
 
 
@@ -146,8 +166,16 @@ def _prefill_facts(rows: Sequence[dict[str, Any]]) -> Table:
         place = "not within measured lengths" if start is None else f"{start:,}"
         place = f"{place} or less" if row["faster_at_the_shortest"] else place
         ratio = _number(row["faster_over_flop_break_even"])
-        shown.add_row(f"{row['head_dim']}, {row['degree']}", place, f"{even:,}", ratio)
+        shown.add_row(_shape(row["head_dim"], row["degree"], row["window"]), place, f"{even:,}", ratio)
     return shown
+
+
+def _windows(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How many prefills with a window take as long as is asked of them."""
+    ratios = [ratio for row in rows for ratio in row["window_ratio"].values()]
+    within = sum(ratio <= WINDOW_RATIO for ratio in ratios)
+    what = "of the time of the pure method and of the window's FLOPs at the GEMM rate together"
+    return [f"{PARTS}: {what}; {within} of {len(ratios)} within {WINDOW_RATIO}"] if ratios else []
 
 
 def _skipped(results: Sequence[Result]) -> list[str]:

@@ -15,6 +15,8 @@ Fitted, f is a polynomial of each query's own: with mean m and variance v of its
     f_i(s) = e^(m + v/2) sum_{j <= D} a_j (s - m)^j / j!,    a_j = sum_{2n <= D - j} (-v/2)^n / n!
 
 where a degree of 0 sees no mean, one below 2 no variance, and v counts up to D/2, or less where f would not be safe.
+
+Causal queries are the last ones of the sequence: any number of them, up to one for each key.
 """
 
 from __future__ import annotations
@@ -55,9 +57,9 @@ def attention_reference(
     count = visible.cumsum(-1)
     exact = (visible & (count <= sinks))[:, None, None].expand_as(shown)
     if window:
-        exact = exact | (count[..., None] - count[:, None] < window)[:, None]
+        exact = exact | (_of_queries(count, query)[..., None] - count[:, None] < window)[:, None]
     if window or sinks or reading == "fitted":
-        shown = shown & visible[:, None, :, None]
+        shown = shown & _of_queries(visible, query)[:, None, :, None]
     coefficients: Sequence[float] = ()
     if degree is None:
         shown = shown & exact
@@ -86,7 +88,12 @@ def _shown(query: Tensor, key: Tensor, causal: bool, mask: Tensor | None) -> tup
     """Which keys are visible [B, Tk], and to which queries [B, 1, Tq, Tk]."""
     visible = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if mask is None else mask
     shown = visible[:, None, None].expand(-1, 1, query.shape[2], -1)
-    return visible, shown.tril() if causal else shown
+    return visible, shown.tril(key.shape[2] - query.shape[2]) if causal else shown
+
+
+def _of_queries(x: Tensor, query: Tensor) -> Tensor:
+    """The last entries of [..., Tk], one for each query: [..., Tq]."""
+    return x[..., x.shape[-1] - query.shape[2] :]
 
 
 def _attend(
@@ -108,7 +115,8 @@ def _attend(
     scores = scale * (q @ k.transpose(-1, -2))  # [B, Hq, Tq, Tk]
     faded = torch.zeros_like(scores)
     if log_decay is not None:
-        faded = faded + _fading(log_decay.double(), visible).repeat_interleave(group, 1)
+        fading = _fading(log_decay.double(), visible)
+        faded = faded + _of_queries(fading.mT, query).mT.repeat_interleave(group, 1)
     if fitted:
         far, size = _fit(scores, torch.where(shown & ~exact, faded, -torch.inf).exp(), len(coefficients) - 1)
     else:
