@@ -30,6 +30,10 @@ EITHER = pytest.mark.parametrize("auto", ["torch", pytest.param("cpu", marks=bui
 KERNELS = [f"cpu, {name}" for name in INSTRUCTIONS] or [pytest.param("cpu", marks=built)]
 
 
+# For tests of every backend (see ops/conftest.py).
+ROWS = pytest.mark.parametrize("backend", ["torch", *KERNELS], indirect=True)
+
+
 @contextmanager
 def selected(row: str) -> Iterator[str]:
     """Compute with a row's instruction set for a while; the name that `backend` takes."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import taylor_attention as ta
 from taylor_attention.core.basis import expand, reading_weights
 from taylor_attention.core.series import EXP
 from taylor_attention.ops.reference import attention_reference
+from tolerances import relative_error
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,11 @@ def _decay(kind: str, batch: int, heads: int, length: int, generator: torch.Gene
     return kinds[kind]
 
 
+def one_shot(problem: Problem, **options: Any) -> tuple[Tensor, ta.State]:
+    """One call, in one chunk."""
+    return problem.solve(return_state=True, chunk_size=max(1, problem.length), **options)
+
+
 def carry(problem: Problem, borders: Sequence[int], **options: Any) -> tuple[Tensor, ta.State]:
     """Cut at the borders and carry the state from piece to piece."""
     state, outputs = None, []
@@ -159,6 +167,17 @@ def decode(problem: Problem, step: int = 1, state: ta.State | None = None, **opt
     state = problem.new_state() if state is None else state
     parts = [problem.part(a, min(a + step, problem.length)) for a in range(0, problem.length, step)]
     return torch.cat([part.decode_(state, **options) for part in parts], 2), state
+
+
+def mix(problem: Problem, borders: Sequence[int], in_place: Sequence[bool]) -> tuple[Tensor, ta.State]:
+    """Cut at the borders; each piece goes token by token into the state, in place, or by attention, as it says."""
+    state, outputs = problem.new_state(), []
+    for (start, stop), decoding in zip(pairwise((0, *borders, problem.length)), in_place, strict=True):
+        part = problem.part(start, stop)
+        decoding = decoding and stop > start
+        y, state = decode(part, state=state) if decoding else part.solve(state=state, return_state=True)
+        outputs.append(y)
+    return torch.cat(outputs, 2), state
 
 
 def sum_up(problem: Problem, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -199,3 +218,34 @@ def differences(actual: ta.State, expected: ta.State) -> list[str]:
     pairs = {name: (tensor, expected.tensors()[name]) for name, tensor in actual.tensors().items()}
     found = [name for name, (mine, other) in pairs.items() if mine.dtype != other.dtype or not torch.equal(mine, other)]
     return found if actual.metadata() == expected.metadata() else [*found, "metadata"]
+
+
+def errors(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest relative error; NaN if any is."""
+    return torch.tensor([relative_error(a, b) for a, b in zip(found, expected, strict=True)]).amax().item()
+
+
+def gradients(problem: Problem, answer: Callable[[Problem], Tensor], since: int = 0) -> tuple[Tensor, ...]:
+    """Of the outputs from token `since` on, in a fixed direction, by every input."""
+    generator = torch.Generator().manual_seed(7)
+    direction = torch.randn(*problem.query.shape[:3], problem.value.shape[3], generator=generator).double()
+    leaves = problem.recorded()
+    loss = (answer(leaves).double() * direction)[:, :, since:].sum()
+    return torch.autograd.grad(loss, leaves.inputs, materialize_grads=True)
+
+
+def _saved(state: ta.State, folder: Path) -> ta.State:
+    state.save(folder / "state")
+    return ta.State.load(folder / "state")
+
+
+# Ways to copy a state of two sequences in float32, given a folder.
+FORKS: dict[str, Callable[[ta.State, Path], ta.State]] = {
+    "clone": lambda state, _: state.clone(),
+    "detach": lambda state, _: state.clone().detach(),
+    "select": lambda state, _: state.select(torch.arange(2)),
+    "pickle": lambda state, _: pickle.loads(pickle.dumps(state)),
+    "tensors": lambda state, _: ta.State.from_tensors(state.clone().tensors(), state.metadata()),
+    "file": _saved,
+    "to": lambda state, _: state.clone().to("cpu", torch.float32),
+}

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,39 +19,37 @@ from click.testing import Result as Finished
 from torch import Tensor
 
 import taylor_attention as ta
-from taylor_attention.bench import needles
-from taylor_attention.bench.needles import (
-    REACH,
-    Bench,
+from taylor_attention.bench.needles import Bench, Result
+from taylor_attention.bench.needles_plan import (
     Case,
-    Result,
     Settings,
-    Stream,
     in_order,
     make_methods,
     plan_sweeps,
     state_bytes,
+    state_options,
     window_of_bytes,
 )
+from taylor_attention.bench.needles_stream import REACH, Stream
 from taylor_attention.cli import needles as command
 from taylor_attention.cli.app import app
 from taylor_attention.core.series import fitted_gaussian
 from taylor_attention.ops.reference import softmax_reference
 
-METHODS = make_methods(window=8, sinks=3, degrees=(2, 4), head_dim=4)
-TINY = Settings(METHODS, length=60, head_dim=4, heads=3, seeds=2, mean=0.2)
+METHODS = make_methods(window=8, sinks=3, heavy=2, degrees=(2, 4), head_dim=4)
+TINY = Settings(METHODS, length=60, head_dim=4, heads=3, seeds=2, mean=0.2, asked=0.1)
 CASE = Case(margin=3.0, ties=3, age=20)
 
 
 def planted(stream: Stream, case: Case, mean: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The last query, and all keys and values with the needles among them, in float64."""
+    """All queries, keys and values with the needles among them, in float64."""
     key, value = stream.key.double(), stream.value.double()
     needle = stream.plant(case, mean)
     last = stream.length - 1
     for tie in range(case.ties):
         key[:, :, last - case.age - tie] = needle[0][:, :, case.ties - 1 - tie].double()
         value[:, :, last - case.age - tie] = needle[1][:, :, case.ties - 1 - tie].double()
-    return stream.query[:, :, -1:].double(), key, value
+    return stream.query.double(), key, value
 
 
 def score(query: Tensor, key: Tensor) -> Tensor:
@@ -81,12 +80,23 @@ def test_the_last_query_reaches_as_far_as_said():
 
 
 def test_nothing_gives_a_needle_away_before_it_is_asked_for():
-    stream = Stream.draw(replace(TINY, length=2000, head_dim=16, mean=0.0))
+    stream = Stream.draw(replace(TINY, length=2000, head_dim=16, mean=0.0, asked=0.0))
     needle = stream.plant(Case(12.0, 50, 100), 0.0)[0]
     norms = torch.cat([stream.key, needle], 2).norm(dim=-1)
     torch.testing.assert_close(norms, torch.full_like(norms, 4.0))
     earlier = stream.query[:, :, :-1] @ needle.mT / 4
     assert float(earlier.std()) == pytest.approx(TINY.spread, rel=0.05)
+
+
+def test_some_earlier_queries_are_the_last_one_and_nothing_else_changes():
+    settings = replace(TINY, length=5000, asked=0.0)
+    quiet, some, every = (Stream.draw(replace(settings, asked=asked)) for asked in (0.0, 0.1, 1.0))
+    asks = (some.query == some.query[:, :, -1:]).all(-1)
+    assert float(asks.double().mean()) == pytest.approx(0.1, abs=0.01)  # 30,000 queries: 6 deviations
+    assert torch.equal(some.query[~asks], quiet.query[~asks])
+    assert torch.equal(every.query, every.query[:, :, -1:].expand_as(every.query))
+    for name in {field.name for field in fields(Stream)} - {"query"}:
+        assert torch.equal(getattr(some, name), getattr(quiet, name))
 
 
 def test_a_sequence_depends_on_its_own_seed_alone():
@@ -106,8 +116,16 @@ def test_half_of_the_variance_of_background_values_is_common_to_a_head():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_bytes_are_those_of_a_state(name: str):
-    state = ta.State.zeros(1, 1, 4, 4, **needles.state_options(METHODS[name]))
+    state = ta.State.zeros(1, 1, 4, 4, **state_options(METHODS[name]))
     assert state_bytes(METHODS[name], 4) == state.nbytes
+
+
+def test_heavy_tokens_come_out_of_the_window_at_the_same_bytes():
+    heavy = {name: options for name, options in METHODS.items() if "heavy" in options}
+    assert len(heavy) == 6
+    assert {(options["window"], options["heavy"]) for options in heavy.values()} == {(6, 2)}
+    same = {name: state_bytes(METHODS[name.replace(" + heavy", "")], 4) for name in heavy}
+    assert {name: state_bytes(options, 4) for name, options in heavy.items()} == same
 
 
 @pytest.mark.parametrize("window", [1, 2, 100])
@@ -118,28 +136,38 @@ def test_a_window_is_as_long_as_its_bytes_allow(window: int):
 
 def test_what_is_left_out_for_the_state_is_known_to_decoding():
     assert {name for options in METHODS.values() for name in options} >= {"reading"}
-    assert [needles.state_options(METHODS[f"{kind} 2"]) for kind in ("taylor", "fitted")] == [{"degree": 2}] * 2
+    assert [state_options(METHODS[f"{kind} 2"]) for kind in ("taylor", "fitted")] == [{"degree": 2}] * 2
 
 
 # ---- errors
+
+
+def most_asked(query: Tensor, key: Tensor, window: int, heavy: int) -> Tensor:
+    """Which keys are heavy at the end: of those out of the window, who got most attention in it, bool [..., T]."""
+    place = torch.arange(key.shape[2])
+    behind = place[:, None] - place
+    s = query @ key.mT / math.sqrt(key.shape[-1])
+    received = s.masked_fill((behind < 0) | (behind >= window), -math.inf).softmax(-1).sum(-2)
+    best = received[..., : len(place) - window].topk(heavy).indices
+    return torch.zeros_like(received, dtype=torch.bool).scatter(-1, best, value=True)
 
 
 def outputs(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """A method's output for the last query by its definition: weights one by one, in float64."""
     options = METHODS[name]
     degree, window, sinks = options["degree"], options.get("window", 0), options.get("sinks", 0)
-    s = score(query, key)
+    s = score(query[:, :, -1:], key)
     place = torch.arange(s.shape[-1])
-    near = (place >= len(place) - window) | (place < sinks)
+    near = (place >= len(place) - window) | (place < sinks) | most_asked(query, key, window, options.get("heavy", 0))
     weight = torch.where(near, s.exp(), 0)
     if degree is not None:
-        far = s[..., ~near]
         for at in [(seed, head) for seed in range(s.shape[0]) for head in range(s.shape[1])]:
+            far = s[at][~near[at]]
             coefficients = [1 / math.factorial(p) for p in range(degree + 1)]
             if options.get("reading") == "fitted":
-                variance = min(float(far[at].var(correction=0)), degree / 2)
-                coefficients = fitted_gaussian(float(far[at].mean()), math.sqrt(variance), degree).coefficients(degree)
-            weight[at][~near] = sum(float(c) * far[at] ** p for p, c in enumerate(coefficients))
+                variance = min(float(far.var(correction=0)), degree / 2)
+                coefficients = fitted_gaussian(float(far.mean()), math.sqrt(variance), degree).coefficients(degree)
+            weight[at][~near[at]] = sum(float(c) * far**p for p, c in enumerate(coefficients))
     return (weight[:, :, None] @ value) / weight.sum(-1)[..., None, None]
 
 
@@ -161,7 +189,7 @@ def test_errors_are_those_of_an_independent_computation(name: str, age: int, dty
     if dtype == torch.float64:
         bench.stream = in_float64(bench.stream)
     query, key, value = planted(bench.stream, case, TINY.mean)
-    exact = softmax_reference(query, key, value, causal=False)
+    exact = softmax_reference(query[:, :, -1:], key, value, causal=False)
     found = outputs(name, query, key, value)
     expected = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
     result = bench.measure(case)
@@ -171,7 +199,7 @@ def test_errors_are_those_of_an_independent_computation(name: str, age: int, dty
 def test_the_weight_of_the_needles_is_that_of_softmax():
     bench = Bench(TINY)
     query, key, _ = planted(bench.stream, CASE, TINY.mean)
-    weight = score(query, key).softmax(-1)[..., -1 - CASE.age - CASE.ties + 1 : -CASE.age]
+    weight = score(query[:, :, -1:], key).softmax(-1)[..., -1 - CASE.age - CASE.ties + 1 : -CASE.age]
     assert bench.measure(CASE).weight == pytest.approx(float(weight.sum(-1).quantile(0.5)), rel=1e-6)
 
 
@@ -237,20 +265,26 @@ DRAW = random.Random(0)
 DISTANCES = [min(DRAW.randrange(size, 4 * size), LENGTH - 2) for size in SIZES[:-1] for _ in range(4)]
 
 
-def property_errors(far: dict[str, Any], grown: str, beside: int, distances: list[int]) -> list[float]:
-    other = "sinks" if grown == "window" else "window"
-    methods = {str(size): {**far, grown: size, other: beside} for size in SIZES}
-    bench = Bench(Settings(methods, length=LENGTH, head_dim=4, heads=4, seeds=8))
-    ages = distances if grown == "window" else [LENGTH - 1 - distance for distance in distances]
+# For heavy tokens, 6 places out of a window of 8 that stays: 192 plantings.
+HEAVY_SIZES = (0, *SIZES)
+RECENT = 8
+AGES = DRAW.sample(range(RECENT, LENGTH - 2), 6)
+
+
+def property_errors(methods: Iterable[dict[str, Any]], ages: Iterable[int], asked: float = 0.0) -> list[float]:
+    named = {str(i): options for i, options in enumerate(methods)}
+    bench = Bench(Settings(named, length=LENGTH, head_dim=4, heads=4, seeds=8, asked=asked))
     results = [bench.measure(Case(5.0, 1, age)) for age in sorted(ages, reverse=True)]
-    return [math.fsum(result.mean(name) for result in results) / len(results) for name in methods]
+    return [math.fsum(result.mean(name) for result in results) / len(results) for name in named]
 
 
 @pytest.mark.parametrize("far", FAR.values(), ids=FAR.keys())
 @pytest.mark.parametrize("grown", ["window", "sinks"])
 @pytest.mark.parametrize("beside", [0, 6])
 def test_more_window_or_sinks_never_makes_the_mean_error_worse(far: dict[str, Any], grown: str, beside: int):
-    errors = property_errors(far, grown, beside, DISTANCES)
+    other = "sinks" if grown == "window" else "window"
+    ages = DISTANCES if grown == "window" else [LENGTH - 1 - distance for distance in DISTANCES]
+    errors = property_errors(({**far, grown: size, other: beside} for size in SIZES), ages)
     assert all(after <= before for before, after in pairwise(errors)), errors
     assert errors[-1] < 1e-5 < errors[0] / 1000
 
@@ -258,8 +292,32 @@ def test_more_window_or_sinks_never_makes_the_mean_error_worse(far: dict[str, An
 def test_a_needle_that_the_larger_window_misses_too_may_be_read_worse_by_a_little():
     # The background's far weights are too small by 1% on average. Exact, they add up to more beside the needle's, which
     # is too small by far.
-    errors = property_errors(FAR["taylor"], "window", 0, [LENGTH - 2])
+    errors = property_errors(({**FAR["taylor"], "window": size} for size in SIZES), [LENGTH - 2])
     assert 0 < errors[-2] / errors[0] - 1 < 2e-3
+
+
+def heavy_errors(far: dict[str, Any], sinks: int, asked: float) -> list[float]:
+    near = {**far, "window": RECENT, "sinks": sinks}
+    return property_errors(({**near, "heavy": size} for size in HEAVY_SIZES), AGES, asked)
+
+
+@pytest.mark.parametrize("far", FAR.values(), ids=FAR.keys())
+@pytest.mark.parametrize("sinks", [0, 6])
+def test_more_places_for_heavy_tokens_never_make_the_mean_error_worse(far: dict[str, Any], sinks: int):
+    errors = heavy_errors(far, sinks, asked=0.25)  # two queries of the needle's window ask for it, on average
+    assert all(after <= before for before, after in pairwise(errors)), errors
+    assert errors[-1] < 1e-5 < errors[0] / 1000
+    assert errors[2] < errors[0] / 2  # four places go to what was asked for
+
+
+@pytest.mark.parametrize("far", FAR.values(), ids=FAR.keys())
+@pytest.mark.parametrize("sinks", [0, 6])
+def test_few_places_for_heavy_tokens_are_of_little_use_to_a_needle_that_nobody_asked_for(
+    far: dict[str, Any], sinks: int
+):
+    errors = heavy_errors(far, sinks, asked=0.0)
+    assert 0.75 < errors[2] / errors[0] < 1.01
+    assert errors[-1] < 1e-5
 
 
 # ---- sweeps
@@ -334,7 +392,7 @@ def test_a_run_ends_with_tables_files_and_a_line_of_json(tmp_path: Path):
     found = json.loads(last)
     text = "\n".join(shown)
     assert all(f"Error by {name} (" in text for name in ("margin", "ties", "age"))
-    assert text.count("window + fitted 2") == 5
+    assert text.count("window + fitted 2") == text.count("window + heavy + fitted 2") == 5
     names = sorted(path.name for path in (tmp_path / "new" / "out").iterdir())
     assert names == ["needles.png", "results.jsonl"]
     assert (tmp_path / "new" / "out" / "needles.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -387,6 +445,21 @@ def test_one_method_can_be_asked_for(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("without_matplotlib")
+def test_earlier_questions_are_of_use_to_heavy_tokens_alone(tmp_path: Path):
+    def medians(asked: float) -> dict[str, float]:
+        chosen = [part for name in ("window + fitted 2", "window + heavy + fitted 2") for part in ("--method", name)]
+        options = [*SMALL, "--margin", 8, "--at", 8, 1, 50, "--heavy", 4, *chosen]
+        found = json.loads(ok(*options, "--asked", asked, "--json", "--out", tmp_path).stdout)
+        assert found["settings"]["methods"]["window + heavy + fitted 2"]["window"] == 12
+        (result,) = [x for x in found["results"] if x["case"] == {"margin": 8, "ties": 1, "age": 50}]
+        return {name: quartiles[1] for name, quartiles in result["quartiles"].items()}
+
+    never, often = medians(0.0), medians(0.3)
+    assert often["window + fitted 2"] == never["window + fitted 2"]
+    assert often["window + heavy + fitted 2"] < 0.01 < 0.5 < never["window + heavy + fitted 2"]
+
+
+@pytest.mark.usefixtures("without_matplotlib")
 def test_without_matplotlib_everything_else_works(tmp_path: Path):
     shown = ok(*SMALL, "--out", tmp_path).stdout
     assert "no figure: drawing the figure needs matplotlib: pip install 'taylor-attention[bench]'" in shown
@@ -407,6 +480,8 @@ MISUSE = {
     "too old": ("--age: expected a needle within the 200 tokens: age + ties < length, got 199 + 2", "--age", 199),
     "too high": ("--margin: expected scores within 16 of 0, got 17", "--margin", 17),
     "too many": ("--ties: expected 1 to 1,024", "--ties", 2000),
+    "no window left": ("--heavy: expected fewer than the window's 16, got 16", "--heavy", 16),
+    "no chance": ("--asked", "--asked", 1.5),
     "too wide": ("--spread: expected |mean| + 8 spread <= 16", "--spread", 3),
     "no such method": ("--method: expected one of taylor 2, fitted 2, window,", "--method", "magic"),
     "no such backend": ("backend: expected one of", "--backend", "none"),

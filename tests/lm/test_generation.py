@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from endurance import BLOCK, FLAT, alone, generate_long, measurable
 from taylor_attention.errors import ArgumentError
 from taylor_attention.lm.generation import distribution, prefill, sample, stream
 from taylor_attention.lm.threads import thread_count
@@ -167,6 +168,15 @@ def test_stream_without_a_number_has_no_end_and_keeps_taylor_memory_constant():
             break
     assert states[0].tokens.tolist() == [310]
     assert sum(state.nbytes for state in states) == before
+
+
+@pytest.mark.slow
+@measurable
+def test_writing_for_long_takes_no_more_memory():
+    course = alone(generate_long, 5, {"window": 16, "sinks": 4})
+    assert course.tokens == [BLOCK * (1 + block) for block in range(5)]
+    assert len(set(course.nbytes)) == 1
+    assert course.growth < FLAT
 
 
 def test_stream_of_a_batch_draws_for_every_sequence(model: LanguageModel):

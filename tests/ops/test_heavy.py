@@ -5,7 +5,6 @@ have none: their seeds are such that no two priorities differ by so little that 
 """
 
 import math
-import pickle
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import taylor_attention as ta
-from kernels import EITHER, KERNELS, built
-from problems import carry, decode, differences, make
+from kernels import EITHER, ROWS, built
+from problems import FORKS, carry, decode, differences, errors, gradients, make, mix, one_shot
 from taylor_attention.core.basis import expand
 from taylor_attention.core.series import EXP
 from taylor_attention.errors import ArgumentError, StorageError
@@ -30,8 +29,6 @@ from taylor_attention.ops.reference import _attend as weigh  # given which keys 
 from taylor_attention.ops.reference import softmax_reference
 from taylor_attention.ops.sequence import NEVER
 from tolerances import TOLERANCE, relative_error
-
-ROWS = pytest.mark.parametrize("backend", ["torch", *KERNELS], indirect=True)
 
 EXACT = TOLERANCE[torch.float64]
 LENGTH = 29
@@ -256,10 +253,6 @@ def solved(kind, reach):
     raise AssertionError("no seed without near ties")
 
 
-def one_shot(problem, **options):
-    return problem.solve(return_state=True, chunk_size=max(1, problem.length), **options)
-
-
 @ROWS
 @paired(CASES)
 def test_one_call_and_its_state_are_the_definition(backend, kind, reach):
@@ -405,12 +398,7 @@ def test_a_state_has_the_same_size_after_any_number_of_tokens(reach):
 
 def there_and_back(problem):
     """Decoded, prefilled in pieces, decoded again."""
-    outputs, state = [], problem.new_state()
-    for start, stop, in_place in [(0, 9, True), (9, 10, False), (10, 12, True), (12, 21, False), (21, LENGTH, True)]:
-        part = problem.part(start, stop)
-        y, state = decode(part, state=state) if in_place else part.solve(state=state, return_state=True)
-        outputs.append(y)
-    return torch.cat(outputs, 2), state
+    return mix(problem, [9, 10, 12, 21], [True, False, True, False, True])
 
 
 WAYS = {
@@ -472,19 +460,13 @@ def test_the_law_in_single_precision(way, kind, reach):
 @given(data=st.data())
 @settings(max_examples=6)
 def test_any_split_of_any_kind_of_step(reach, data):
-    length = LENGTH
     problem, walks, expected = solved("decay, holes, groups", reach)
     problem = problem.to(torch.float64)
-    borders = sorted(data.draw(st.lists(st.integers(0, length), max_size=5), label="borders"))
+    borders = sorted(data.draw(st.lists(st.integers(0, LENGTH), max_size=5), label="borders"))
     steps = len(borders) + 1
     in_place = data.draw(st.lists(st.booleans(), min_size=steps, max_size=steps), label="in place")
-    state, outputs = problem.new_state(), []
-    for (start, stop), decoding in zip(pairwise([0, *borders, length]), in_place, strict=True):
-        part = problem.part(start, stop)
-        decoding = decoding and stop > start
-        y, state = decode(part, state=state) if decoding else part.solve(state=state, return_state=True)
-        outputs.append(y)
-    assert relative_error(torch.cat(outputs, 2), expected) < EXACT
+    y, state = mix(problem, borders, in_place)
+    assert relative_error(y, expected) < EXACT
     assert_contents(state, held(problem, walks))
 
 
@@ -575,20 +557,6 @@ def test_no_packed_sequences():
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
-
-
-def gradients(problem, answer, since=0):
-    """Of the outputs from token `since` on, in a fixed direction, by every input."""
-    generator = torch.Generator().manual_seed(7)
-    direction = torch.randn(*problem.query.shape[:3], problem.value.shape[3], generator=generator).double()
-    leaves = problem.recorded()
-    loss = (answer(leaves).double() * direction)[:, :, since:].sum()
-    return torch.autograd.grad(loss, leaves.inputs, materialize_grads=True)
-
-
-def errors(found, expected):
-    """The largest; NaN if any is."""
-    return torch.tensor([relative_error(a, b) for a, b in zip(found, expected, strict=True)]).amax().item()
 
 
 @lru_cache(maxsize=64)
@@ -719,22 +687,6 @@ def test_equals_do_not_take_a_place(backend):
 
 
 # ---- copies and files ------------------------------------------------------------------------------------------------
-
-
-def saved(state, path):
-    state.save(path / "state")
-    return ta.State.load(path / "state")
-
-
-FORKS = {
-    "clone": lambda state, _: state.clone(),
-    "detach": lambda state, _: state.clone().detach(),
-    "select": lambda state, _: state.select(torch.arange(2)),
-    "pickle": lambda state, _: pickle.loads(pickle.dumps(state)),
-    "tensors": lambda state, _: ta.State.from_tensors(state.clone().tensors(), state.metadata()),
-    "file": saved,
-    "to": lambda state, _: state.clone().to("cpu", torch.float32),
-}
 
 
 @named((5, 2, 3, 2))

@@ -1,6 +1,5 @@
 """Exact near, Taylor far: the definition, the law, gradients and states where the latest and first tokens are exact."""
 
-import pickle
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -12,14 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import taylor_attention as ta
-from kernels import EITHER, KERNELS
-from problems import carry, decode, differences, make
+from kernels import EITHER, ROWS
+from problems import FORKS, carry, decode, differences, errors, gradients, make, mix, one_shot
 from taylor_attention.core.basis import expand
 from taylor_attention.core.state import tail_size
 from taylor_attention.errors import ArgumentError, NormaliserError, NormaliserWarning, StorageError
 from tolerances import TOLERANCE, relative_error
-
-ROWS = pytest.mark.parametrize("backend", ["torch", *KERNELS], indirect=True)
 
 EXACT = TOLERANCE[torch.float64]
 LENGTH = 61
@@ -99,10 +96,6 @@ def solved(kind, reach):
     return problem, problem.oracle()
 
 
-def one_shot(problem):
-    return problem.solve(return_state=True, chunk_size=max(1, problem.length))
-
-
 # ---- what a state holds ----------------------------------------------------------------------------------------------
 
 
@@ -150,11 +143,6 @@ def assert_same(found, expected, tolerance=EXACT):
     assert relative_error(state.log_decay, expected_state.log_decay) < tolerance
     assert errors(near_of(state), near_of(expected_state)) < tolerance
     assert state.tokens.tolist() == expected_state.tokens.tolist()
-
-
-def errors(found, expected):
-    """The largest; NaN if any is."""
-    return torch.tensor([relative_error(a, b) for a, b in zip(found, expected, strict=True)]).amax().item()
 
 
 @EITHER
@@ -373,20 +361,9 @@ def test_hidden_tokens_count_nowhere(reach, mask, way):
 # ---- the law ---------------------------------------------------------------------------------------------------------
 
 
-def prefilled_then_decoded(problem):
-    y, state = problem.part(0, 23).solve(return_state=True)
-    rest, state = decode(problem.part(23, problem.length), state=state)
-    return torch.cat([y, rest], 2), state
-
-
 def there_and_back(problem):
     """Decoded, prefilled in pieces, decoded again: borders inside the ring, inside the tail, and behind both."""
-    outputs, state = [], problem.new_state()
-    for start, stop, in_place in [(0, 19, True), (19, 21, False), (21, 22, True), (22, 33, False), (33, SHORT, True)]:
-        part = problem.part(start, stop)
-        y, state = decode(part, state=state) if in_place else part.solve(state=state, return_state=True)
-        outputs.append(y)
-    return torch.cat(outputs, 2), state
+    return mix(problem, [19, 21, 22, 33], [True, False, True, False, True])
 
 
 WAYS = {
@@ -399,7 +376,7 @@ WAYS = {
     "token by token": decode,
     "three tokens at a time": lambda p: decode(p, 3),
     "all tokens at once, in place": lambda p: decode(p, SHORT),
-    "prefill, then decode": prefilled_then_decoded,
+    "prefill, then decode": lambda p: mix(p, [23], [False, True]),
     "decode, prefill, decode": there_and_back,
 }
 
@@ -448,14 +425,7 @@ def test_any_split_of_any_kind_of_step(reach, data):
     in_place = data.draw(
         st.lists(st.booleans(), min_size=len(borders) + 1, max_size=len(borders) + 1), label="in place"
     )
-    state, outputs = problem.new_state(), []
-    for (start, stop), decoding in zip(pairwise([0, *borders, length]), in_place, strict=True):
-        part = problem.part(start, stop)
-        y, state = (
-            decode(part, state=state) if decoding and stop > start else part.solve(state=state, return_state=True)
-        )
-        outputs.append(y)
-    assert_same((torch.cat(outputs, 2), state), one_shot(problem))
+    assert_same(mix(problem, borders, in_place), one_shot(problem))
 
 
 @EITHER
@@ -527,22 +497,6 @@ def test_states_of_another_reach_are_not_merged(reach):
 
 
 # ---- copies and files ------------------------------------------------------------------------------------------------
-
-
-def saved(state, path):
-    state.save(path / "state")
-    return ta.State.load(path / "state")
-
-
-FORKS = {
-    "clone": lambda state, _: state.clone(),
-    "detach": lambda state, _: state.clone().detach(),
-    "select": lambda state, _: state.select(torch.arange(2)),
-    "pickle": lambda state, _: pickle.loads(pickle.dumps(state)),
-    "tensors": lambda state, _: ta.State.from_tensors(state.clone().tensors(), state.metadata()),
-    "file": saved,
-    "to": lambda state, _: state.clone().to("cpu", torch.float32),
-}
 
 
 @EITHER
@@ -718,15 +672,6 @@ def test_nothing_leaks_from_one_packed_sequence_to_another(reach, change):
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
-
-
-def gradients(problem, answer, since=0):
-    """Of the outputs from token `since` on, in a fixed direction, by every input."""
-    generator = torch.Generator().manual_seed(7)
-    direction = torch.randn(*problem.query.shape[:3], problem.value.shape[3], generator=generator).double()
-    leaves = problem.recorded()
-    loss = (answer(leaves).double() * direction)[:, :, since:].sum()
-    return torch.autograd.grad(loss, leaves.inputs, materialize_grads=True)
 
 
 LEARNT = [

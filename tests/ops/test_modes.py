@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import taylor_attention as ta
 from kernels import EITHER
-from problems import carry, decode, differences, make
+from problems import carry, decode, differences, make, mix, one_shot
 from taylor_attention.core.state import tail_size
 from tolerances import TOLERANCE, relative_error
 
@@ -42,10 +42,6 @@ def problem_of(kind, **sizes):
     return make(**{"batch": 3, "length": LENGTH, **KINDS[kind], **sizes})
 
 
-def one_shot(problem):
-    return problem.solve(return_state=True, chunk_size=problem.length)
-
-
 def assert_same(found, expected, tolerance=EXACT):
     """The same outputs, and states that say the same of the same tokens."""
     (y, state), (expected_y, expected_state) = found, expected
@@ -69,12 +65,6 @@ def merged_then_continued(problem):
     states = [part.solve(return_state=True)[1] for part in parts[:2]]
     y, _ = carry(problem.part(0, 23), [11])
     rest, state = parts[2].solve(state=states[0].merge(states[1]), return_state=True)
-    return torch.cat([y, rest], 2), state
-
-
-def prefilled_then_decoded(problem):
-    y, state = problem.part(0, 13).solve(return_state=True)
-    rest, state = decode(problem.part(13, problem.length), state=state)
     return torch.cat([y, rest], 2), state
 
 
@@ -104,7 +94,7 @@ WAYS = {
     "token by token": decode,
     "three tokens at a time": lambda p: decode(p, 3),
     "all tokens at once, in place": lambda p: decode(p, LENGTH),
-    "prefill, then decode": prefilled_then_decoded,
+    "prefill, then decode": lambda p: mix(p, [13], [False, True]),
     "decode, then prefill": decoded_then_prefilled,
     "merged halves": merged_halves,
     "merged, then continued": merged_then_continued,
@@ -149,14 +139,7 @@ def test_any_split_of_any_kind_of_step(kind, data):
     in_place = data.draw(
         st.lists(st.booleans(), min_size=len(borders) + 1, max_size=len(borders) + 1), label="in place"
     )
-    state, outputs = problem.new_state(), []
-    for (start, stop), decoding in zip(pairwise([0, *borders, LENGTH]), in_place, strict=True):
-        part = problem.part(start, stop)
-        y, state = (
-            decode(part, state=state) if decoding and stop > start else part.solve(state=state, return_state=True)
-        )
-        outputs.append(y)
-    assert_same((torch.cat(outputs, 2), state), one_shot(problem))
+    assert_same(mix(problem, borders, in_place), one_shot(problem))
 
 
 @given(borders=st.lists(st.integers(0, LENGTH), min_size=1, max_size=5).map(sorted), data=st.data())

@@ -10,15 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import taylor_attention as ta
-from kernels import EITHER, KERNELS
-from problems import carry, decode, differences, make
+from kernels import EITHER, ROWS
+from problems import carry, decode, differences, errors, gradients, make
 from taylor_attention.core.series import fitted_gaussian
 from taylor_attention.errors import ArgumentError, NormaliserError, NormaliserWarning
 from taylor_attention.ops.reading import largest_variance
 from taylor_attention.ops.reference import softmax_reference
 from tolerances import TOLERANCE, relative_error
-
-ROWS = pytest.mark.parametrize("backend", ["torch", *KERNELS], indirect=True)
 
 EXACT = TOLERANCE[torch.float64]
 LENGTH = 29
@@ -251,20 +249,6 @@ def test_compiled_whole_it_is_the_same():
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
-
-
-def gradients(problem, answer):
-    """Of the outputs in a fixed direction, by every input."""
-    generator = torch.Generator().manual_seed(7)
-    direction = torch.randn(*problem.query.shape[:3], problem.value.shape[3], generator=generator).double()
-    leaves = problem.recorded()
-    loss = (answer(leaves).double() * direction).sum()
-    return torch.autograd.grad(loss, leaves.inputs, materialize_grads=True)
-
-
-def errors(found, expected):
-    """The largest; NaN if any is."""
-    return torch.tensor([relative_error(a, b) for a, b in zip(found, expected, strict=True)]).amax().item()
 
 
 @EITHER

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..core.storage import replacing
 from ..errors import require
-from .needles import AGE, MARGIN, PARAMETERS, TIES, Case, Result, Settings, Sweep
+from .needles import Result
+from .needles_plan import AGE, MARGIN, PARAMETERS, TIES, Case, Settings, Sweep
 
 _MARKERS = "osD^v"  # by degree
 _SIZE = (18.0, 6.8)  # inches
@@ -24,7 +25,8 @@ def draw(path: Path, sweeps: Sequence[Sweep], results: Mapping[Case, Result], se
     """Draw medians over streams with their quartiles as a PNG, replaced atomically.
 
     A panel for each parameter, a colour for each kind of method, a marker for each degree. Dotted lines are of needles
-    in the window, and only of methods that have one; lines of methods without are broad.
+    in the window, and only of methods that have one; lines of methods without are broad. With heavy tokens a method has
+    the colour that it has without them, dashes and hollow markers.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -54,13 +56,16 @@ def _looks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
     """How each method's lines look: by the words of its name but for a number, and that number."""
     kinds = {name: name.rstrip("0123456789 ") for name in methods}
     degrees = {name: name.removeprefix(kind) for name, kind in kinds.items()}
+    kinds = {name: kind.replace(" + heavy", "") for name, kind in kinds.items()}
     colors = dict(zip(dict.fromkeys(kinds.values()), cycle(f"C{i}" for i in range(10)), strict=False))
     markers = dict(zip(dict.fromkeys(degrees.values()), cycle(_MARKERS), strict=False))
     broad = {"linewidth": 4, "alpha": 0.5, "markersize": 7, "zorder": 1}
     fine = {"linewidth": 1.3, "markersize": 4}
+    heavy = {"linestyle": "--", "markerfacecolor": "none", "markersize": 6}
     return {
         name: {"color": colors[kinds[name]], "marker": markers[degrees[name]]}
         | (fine if "window" in options else broad)
+        | (heavy if "heavy" in options else {})
         for name, options in methods.items()
     }
 
@@ -68,7 +73,7 @@ def _looks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
 def _plot(axes: Any, sweep: Sweep, results: Sequence[Result], name: str, look: dict[str, Any]) -> None:
     x = [getattr(result.case, sweep.name) for result in results]
     low, middle, high = zip(*(result.quartiles(name) for result in results), strict=True)
-    axes.plot(x, middle, label=None if sweep.inside else name, linestyle=":" if sweep.inside else "-", **look)
+    axes.plot(x, middle, **(look | ({"linestyle": ":"} if sweep.inside else {"label": name})))
     axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
 
 

@@ -14,16 +14,15 @@ from rich.table import Table
 
 from ..bench import needles_figure
 from ..bench.journal import Journal
-from ..bench.needles import (
+from ..bench.needles import Bench, Result, check
+from ..bench.needles_plan import (
     AGE,
     MARGIN,
+    PARAMETERS,
     TIES,
-    Bench,
     Case,
-    Result,
     Settings,
     Sweep,
-    check,
     in_order,
     make_methods,
     plan_sweeps,
@@ -75,13 +74,21 @@ def _default(name: str) -> str:
     help="What the two others are while one is varied.",
 )
 @click.option("--length", type=_POSITIVE, help=f"Of the stream, in tokens {_default('length')}.")
-@click.option("--window", type=_POSITIVE, default=256, show_default=True, help="Of the methods that have one.")
+@click.option("--window", type=click.IntRange(min=2), default=256, show_default=True, help="Of methods that have one.")
 @click.option("--sinks", type=_POSITIVE, default=4, show_default=True, help="Of the method that has some.")
+@click.option("--heavy", type=_POSITIVE, help="Places of methods that have some, off their window [a quarter of it].")
 @click.option("--degree", multiple=True, type=click.IntRange(min=0), help=f"Of the series; repeatable {[*DEGREES]}.")
 @click.option("--method", multiple=True, help="Measure this one only, by its name in the tables; repeatable [all].")
 @click.option("--head-dim", type=_POSITIVE, default=Settings.head_dim, show_default=True, help="Of keys and values.")
 @click.option("--spread", type=float, default=Settings.spread, show_default=True, help="Of the background's scores.")
 @click.option("--mean", type=float, default=Settings.mean, show_default=True, help="Of the background's scores.")
+@click.option(
+    "--asked",
+    type=click.FloatRange(0, 1),
+    default=Settings.asked,
+    show_default=True,
+    help="Chance of each earlier query to ask for needles as the last one does.",
+)
 @click.option("--heads", type=_POSITIVE, help=f"Of a sequence {_default('heads')}.")
 @click.option("--seeds", type=_POSITIVE, help=f"Sequences to measure on {_default('seeds')}.")
 @click.option("--seed", type=click.IntRange(min=0), default=Settings.seed, show_default=True, help="Of the first.")
@@ -91,7 +98,7 @@ def _default(name: str) -> str:
 @click.option("--resume", is_flag=True, help="Keep the results that OUT has of the same settings; measure the others.")
 @click.option("--quick", is_flag=True, help="Shorter streams and fewer points, where no options say which.")
 @json_option
-def needles(folder: str, resume: bool, quick: bool, as_json: bool, **asked: Any) -> None:
+def needles(folder: str, resume: bool, quick: bool, as_json: bool, **given: Any) -> None:
     """Measure how far outputs are from softmax where a few keys, the needles, stand out of random background.
 
     Three sweeps: the needles' margin over the background's mean score (at an age outside of the window and inside),
@@ -99,12 +106,16 @@ def needles(folder: str, resume: bool, quick: bool, as_json: bool, **asked: Any)
     about 3 minutes on one core, or --quick.
     """
     defaults = QUICK if quick else FULL
-    asked = {name: defaults.get(name, value) if value in (None, ()) else value for name, value in asked.items()}
-    window, at = asked.pop("window"), Case(*asked.pop("at"))
-    sweeps = plan_sweeps(at, asked.pop("margin"), asked.pop("ties"), asked.pop("age"), window)
-    methods = make_methods(window, asked.pop("sinks"), sorted(set(asked.pop("degree") or DEGREES)), asked["head_dim"])
-    asked["threads"] = asked["threads"] or torch.get_num_threads()
-    settings = Settings(_choose(methods, asked.pop("method")), **asked)
+    given = {name: defaults.get(name, value) if value in (None, ()) else value for name, value in given.items()}
+    window, sinks, heavy = (given.pop(name) for name in ("window", "sinks", "heavy"))
+    heavy = heavy or max(1, window // 4)
+    expect(heavy < window, "--heavy", f"fewer than the window's {window}", heavy)
+    margins, ties, ages = (given.pop(name) for name in PARAMETERS)
+    sweeps = plan_sweeps(Case(*given.pop("at")), margins, ties, ages, window - heavy)
+    degrees = sorted(set(given.pop("degree") or DEGREES))
+    methods = make_methods(window, sinks, heavy, degrees, given["head_dim"])
+    given["threads"] = given["threads"] or torch.get_num_threads()
+    settings = Settings(_choose(methods, given.pop("method")), **given)
     cases = in_order(sweeps)
     check(cases, settings)
     target = make_folder(folder)
@@ -191,8 +202,9 @@ def _report(summary: dict[str, Any], sweeps: Sequence[Sweep], results: Mapping[C
     for line in (
         f"||y - softmax|| / ||softmax|| of the last of {settings['length']:,} tokens, medians over "
         f"{settings['heads'] * settings['seeds']} streams; background scores {settings['mean']:g} +- "
-        f"{settings['spread']:g}. bytes: of the state, per sequence and head. wide window D: as many bytes as "
-        "window + taylor D takes, all of them in a window.",
+        f"{settings['spread']:g}; chance of each earlier query to ask as the last one does {settings['asked']:g}. "
+        "bytes: of the state, per sequence and head. wide window D: as many bytes as window + taylor D takes, all of "
+        "them in a window.",
         f"no figure: {summary['no_figure']}" if figure is None else f"figure: {figure}",
         f"results: {summary['out']}",
     ):
