@@ -1,8 +1,8 @@
 """Softmax attention at constant cost per token, by Taylor expansion in the minimal symmetric monomial basis.
 
 The functional API is `attention` and `decode_`, the fixed-size memory of a sequence is `State`, and `TaylorAttention`
-is a layer. Series and costs: `error_bound`, `expected_error`, `degree_for`, `state_size`, `flops_per_token`,
-`break_even_context`.
+is a layer; `watch_normalisers` counts queries that got no answer. Series and costs: `error_bound`, `expected_error`,
+`degree_for`, `state_size`, `flops_per_token`, `break_even_context`.
 """
 
 from .core import series
@@ -12,6 +12,7 @@ from .core.state import State
 from .nn.attention import TaylorAttention
 from .ops.attention import attention
 from .ops.decode import decode_
+from .ops.normaliser import watch_normalisers
 
 __version__ = "0.1.0"
 
@@ -28,4 +29,5 @@ __all__ = [
     "flops_per_token",
     "series",
     "state_size",
+    "watch_normalisers",
 ]

@@ -656,7 +656,6 @@ def test_nothing_leaks_from_one_packed_sequence_to_another(reach, change):
     problem = packed("soft decay", reach, dtype=torch.float32)
     inside = slice(*CUTS[2])
     others = [i for i in range(problem.length) if not inside.start <= i < inside.stop]
-    sequences = torch.tensor([i for i in range(len(CUTS)) if i != 2])
 
     def altered(x):
         x = x.clone()
@@ -664,11 +663,25 @@ def test_nothing_leaks_from_one_packed_sequence_to_another(reach, change):
         return x
 
     query, key, value = map(altered, problem.arguments)
-    y, state = problem.solve(cu_seqlens=BORDERS, return_state=True)
-    z, other = replace(problem, query=query, key=key, value=value).solve(cu_seqlens=BORDERS, return_state=True)
+    changed = replace(problem, query=query, key=key, value=value)
+    y, z = (p.solve(cu_seqlens=BORDERS) for p in (problem, changed))
     assert torch.equal(y[:, :, others], z[:, :, others])
-    assert differences(state.select(sequences), other.select(sequences)) == []
     assert not torch.equal(y[:, :, inside], z[:, :, inside])
+
+
+@EITHER
+@named((3, 1, 2), (16, 0, 2), (16, 4, None))
+@pytest.mark.parametrize("change", [lambda x: x + 1, lambda x: x * 1e8], ids=["1", "big"])
+def test_nothing_leaks_from_one_packed_sequence_to_the_state_of_another(reach, change):
+    problem = packed("soft decay", reach, dtype=torch.float32)
+    sequences = torch.tensor([i for i in range(len(CUTS)) if i != 2])
+    key, value = problem.key.clone(), problem.value.clone()
+    for x in (key, value):
+        x[:, :, slice(*CUTS[2])] = change(x[:, :, slice(*CUTS[2])])
+    _, state = problem.solve(cu_seqlens=BORDERS, return_state=True)
+    _, other = replace(problem, key=key, value=value).solve(cu_seqlens=BORDERS, return_state=True)
+    assert differences(state.select(sequences), other.select(sequences)) == []
+    assert differences(state, other) != []
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
@@ -842,14 +855,10 @@ def reached(problem, which, place):
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("which", ["query", "key", "value"])
 @pytest.mark.parametrize(("reach", "place"), SPOILED, ids=name)
-@pytest.mark.parametrize(
-    "way",
-    [lambda p: decode(p)[0], lambda p: carry(p, [3, 14], chunk_size=4)[0]],
-    ids=["decoding", "pieces"],
-)
-def test_what_is_not_finite_spoils_the_rows_that_see_it_and_no_other_bit(which, bad, place, reach, way):
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_what_is_not_finite_spoils_the_rows_that_see_it_and_no_other_bit(which, bad, place, reach, chunk):
     problem = problem_of("plain", reach, batch=3, heads=4, kv_heads=2, length=24)
-    clean, y = way(problem), way(spoil(problem, which, place, bad))
+    clean, y = (p.solve(chunk_size=chunk) for p in (problem, spoil(problem, which, place, bad)))
     rows = reached(problem, which, place)
     assert torch.equal(y.isnan(), rows[..., None].expand_as(y))
     assert torch.equal(y[~rows], clean[~rows])
@@ -857,12 +866,25 @@ def test_what_is_not_finite_spoils_the_rows_that_see_it_and_no_other_bit(which, 
 
 @EITHER
 @pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize(("reach", "place"), SPOILED, ids=name)
+@pytest.mark.parametrize("way", [decode, lambda p: carry(p, [3, 14], chunk_size=4)], ids=["decoding", "pieces"])
+def test_a_query_that_is_not_finite_spoils_its_row_and_no_bit_of_a_state(bad, place, reach, way):
+    """Keys and values that are not are refused where a state would hold them: tests/reliability/test_ranges.py."""
+    problem = problem_of("plain", reach, batch=3, heads=4, kv_heads=2, length=24)
+    (y, state), (clean, after) = way(spoil(problem, "query", place, bad)), way(problem)
+    rows = reached(problem, "query", place)
+    assert torch.equal(y.isnan(), rows[..., None].expand_as(y))
+    assert torch.equal(y[~rows], clean[~rows])
+    assert differences(state, after) == []
+
+
+@EITHER
+@pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("which", ["key", "value"])
-@pytest.mark.parametrize("way", [lambda p: p.solve(return_state=True), decode], ids=["one call", "decoding"])
-def test_what_left_the_window_and_is_not_summed_is_forgotten(which, bad, way):
+def test_what_left_the_window_and_is_not_summed_is_forgotten(which, bad):
     problem = problem_of("soft decay", (5, 2, None), batch=3, heads=4, kv_heads=2, length=24)
-    _, state = way(spoil(problem, which, LATER, bad))
-    assert differences(state, way(problem)[1]) == []
+    spoiled, clean = (carry(p, [4, 21])[1] for p in (spoil(problem, which, LATER, bad), problem))
+    assert differences(spoiled, clean) == []
 
 
 @EITHER
@@ -934,7 +956,7 @@ def doubtful(recent):
 @pytest.mark.parametrize("recent", [0.0, 4.0])
 def test_a_normaliser_that_is_not_positive_gives_nan_and_a_warning(way, recent):
     """1 + s is -4 for the far keys, -80 together: more than exp(recent)."""
-    with pytest.warns(NormaliserWarning, match="the normaliser of 1 queries"):
+    with pytest.warns(NormaliserWarning, match="the normaliser of some queries"):
         y = way(doubtful(recent))
     assert y.isnan().flatten().tolist() == [False] * 20 + [True]
 

@@ -71,30 +71,15 @@ def test_what_is_not_finite_in_every_mode(which, bad, mode):
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("which", ["query", "key", "value"])
 @pytest.mark.parametrize("step", [1, 3])
-def test_what_is_not_finite_spoils_the_same_rows_in_decoding(which, bad, step):
+def test_a_query_that_is_not_finite_spoils_its_row_and_no_bit_of_a_state(bad, step):
+    """Keys and values that are not are refused where a state would hold them: tests/reliability/test_ranges.py."""
     problem = make(batch=3, heads=4, kv_heads=2, length=20)
-    y, _ = decode(spoil(problem, which, bad), step)
-    clean, _ = decode(problem, step)
-    rows = reached(problem, which, causal=True)
+    (y, state), (clean, after) = decode(spoil(problem, "query", bad), step), decode(problem, step)
+    rows = reached(problem, "query", causal=True)
     assert torch.equal(y.isnan(), rows[..., None].expand_as(y))
     assert torch.equal(y[~rows], clean[~rows])
-
-
-@pytest.mark.parametrize("which", ["key", "value"])
-@pytest.mark.parametrize("bad", BAD)
-def test_a_state_stays_spoiled_in_its_head_and_clean_in_every_other(which, bad):
-    problem = make(batch=3, heads=4, kv_heads=2, length=20)
-    first = spoil(problem, which, bad).part(0, 13)
-    y, state = first.solve(return_state=True)
-    _, clean = problem.part(0, 13).solve(return_state=True)
-    others = torch.ones(3, 2, dtype=torch.bool)
-    others[PLACE[:2]] = False
-    assert torch.equal(state.moments[others], clean.moments[others])
-    assert not state.moments[PLACE[:2]].isfinite().any()
-    y = problem.part(13, 20).solve(state=state)
-    assert torch.equal(y.isnan().all(-1), reached(problem, which, True)[:, :, 13:])
+    assert differences(state, after) == []
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -182,9 +167,7 @@ def test_an_unsafe_normaliser_gives_nan_and_a_warning(kind, chunk):
     problem = unsafe_problem(kind)
     rows = unsafe_rows(problem)
     assert 0 < int(rows.sum()) < rows.numel()
-    with pytest.warns(
-        NormaliserWarning, match=f"^the truncated series .* normaliser of {int(rows.sum())} queries .* NaN$"
-    ):
+    with pytest.warns(NormaliserWarning, match="^the truncated series .* normaliser of some queries .* rows are NaN"):
         y = problem.solve(chunk_size=chunk)
     assert torch.equal(y.isnan(), rows[..., None].expand_as(y))
     assert relative_error(y[~rows], problem.oracle()[~rows]) < 1e-9  # a small normaliser divides what rounding left
@@ -194,7 +177,7 @@ def test_an_unsafe_normaliser_gives_nan_and_a_warning(kind, chunk):
 @pytest.mark.parametrize("step", [1, 5])
 def test_decoding_agrees_on_which_normalisers_are_unsafe(kind, step):
     problem = unsafe_problem(kind)
-    with pytest.warns(NormaliserWarning, match="rows are NaN$"):
+    with pytest.warns(NormaliserWarning, match="^the truncated series .* rows are NaN"):
         y, _ = decode(problem, step)
     rows = unsafe_rows(problem)
     assert torch.equal(y.isnan(), rows[..., None].expand_as(y))

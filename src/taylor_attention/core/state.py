@@ -22,6 +22,7 @@ from ..errors import StorageError, expect
 from .basis import expand, feature_count
 from .moments import accumulate_, add_compensated, add_compensated_
 from .near import Near, Tokens
+from .ranges import find_excess, find_token_excess
 from .storage import read_tensors, write_tensors
 
 KIND = "state"
@@ -341,7 +342,7 @@ class State:
 
         Raises:
             ArgumentError: the two differ in shape, degree, scale, dtype or device, or have sinks or heavy tokens:
-                those of `later` were not chosen among all.
+                those of `later` were not chosen among all; or their moments together are too large.
         """
         expect(isinstance(later, State), "later", "a State", type(later).__name__)
         for name in ("batch_size", "kv_heads", "head_dim", "value_dim", "degree", "window", "sinks", "heavy", "scale"):
@@ -364,7 +365,27 @@ class State:
             if self.degree is not None:
                 increment = increment + (left.value * faded[..., None, :]) @ expand(left.key.mT, self.degree)
         sums, compensation = add_compensated(second.sums, dropped.detach(), increment)
-        return State.from_sums(sums, compensation, tokens, log_decay, self.head_dim, self.degree, self.scale, near)
+        both = State.from_sums(sums, compensation, tokens, log_decay, self.head_dim, self.degree, self.scale, near)
+        excess = both.excess()
+        expect(not excess, "later", "a state whose moments can be added to this one's", excess)
+        return both
+
+    def excess(self) -> str:
+        """What is too large to go on from, or not finite, in words (see `ranges`); empty if nothing is.
+
+        Tokens of the tail and exact ones count as the moments that they are going to join. Nothing is looked at while a
+        tracer looks.
+        """
+        if torch.compiler.is_compiling() or self.device.type == "meta":
+            return ""
+        found = find_excess(self.sums)
+        if self.tail_length and not found:
+            key, value = (x[..., : self.tail_length].mT for x in (self.tail_key, self.tail_value))
+            found = find_token_excess(key, value, self.degree)
+        if self.near is not None and not found:
+            key, value, _ = self.near.exact()
+            found = find_token_excess(key.mT, value.mT, self.degree) or find_excess(self.near.received)
+        return found
 
     def clone(self) -> State:
         """An independent copy: a fork of the sequence."""
@@ -391,7 +412,7 @@ class State:
         """The same state elsewhere, or with its moments in float32 / float64.
 
         Raises:
-            ArgumentError: another dtype.
+            ArgumentError: another dtype, or one that cannot hold the moments.
         """
         wanted = self.dtype if dtype is None else dtype
         expect(wanted in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", wanted)
@@ -402,7 +423,10 @@ class State:
         near = None if self.near is None else self.near.convert(target, wanted, wide_dtype(target))
         moved = replace(self, near=None, **narrow)._each(lambda tensor: tensor.to(target))
         changed: dict[str, Any] = {name: getattr(moved, name).to(wanted) for name in _TENSORS if name not in _OWN_DTYPE}
-        return replace(moved, near=near, **changed)
+        converted = replace(moved, near=near, **changed)
+        excess = converted.excess() if wanted != self.dtype else ""
+        expect(not excess, "dtype", "one that holds the state", excess)
+        return converted
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> State:
         changed: dict[str, Any] = {name: function(getattr(self, name)) for name in _TENSORS}

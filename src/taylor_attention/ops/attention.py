@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
+from ..core.ranges import check_tokens
 from ..core.series import Series
 from ..core.state import MAX_STATE_BYTES, State, check_reach, check_state_bytes, needed_bytes, wide_dtype
+from ..errors import expect
 from .backends import uses_kernels
 from .hybrid import attend_hybrid
-from .normaliser import divide, divide_checked, resolve
+from .normaliser import divide, divide_checked, note, resolve
 from .operator import attend
 from .problem import FULL_RESET
 from .sequence import Sequence
@@ -126,11 +128,15 @@ def attention(
         y [B, Hq, Tq, dv] in the query's dtype, and the new `State` if return_state.
 
         Where the series is not positive everywhere (odd degrees of exp, fitted coefficients), a query whose normaliser
-        is not safely positive gives a row of NaN and a `NormaliserWarning`; see Raises for training. A NaN or Inf in
-        a key or value makes NaN of the rows that see it, and of no other.
+        is not safely positive gives a row of NaN and a `NormaliserWarning`; see Raises for training. So does a query
+        whose normaliser is beyond the range of the sums, without a warning where the series is positive everywhere;
+        `watch_normalisers` counts both. A NaN or Inf in a key or value makes NaN of the rows that see it, and of no
+        other.
 
     Raises:
-        ArgumentError: an argument is not as above, or the backend asked for by name cannot compute here.
+        ArgumentError: an argument is not as above, or the backend asked for by name cannot compute here; or a state is
+            to be returned that would hold NaN or Inf, or moments too large to go on from (see `core.ranges`; inside
+            torch.compile nobody looks).
         NormaliserError: a normaliser is not safely positive while gradients are being recorded (inside torch.compile:
             NaN rows instead).
     """
@@ -192,6 +198,7 @@ def attention(
         y = divide(out, out[..., -1] == 0)  # exactly zero only where no key is visible
     else:
         y = divide_checked(out, seen, 1.0 if fitted else coefficients[0])
+    note(y, query)
     y = y.to(query.dtype)
     if not return_state:
         return y
@@ -201,7 +208,12 @@ def attention(
         tokens = tokens + state.tokens
         faded = state.log_decay.clone() if faded is None else faded + state.log_decay
     assert end is not None and dropped is not None  # kept
-    return y, State.from_sums(end, dropped, tokens, faded, shapes.head_dim, degree, scale, near)
+    after = State.from_sums(end, dropped, tokens, faded, shapes.head_dim, degree, scale, near)
+    excess = after.excess()
+    if excess:
+        check_tokens(k, v, key_padding_mask, degree)  # says which token it was, if one alone is too much
+        expect(False, "state", "these tokens to leave one to go on from", excess)
+    return y, after
 
 
 @torch.no_grad()

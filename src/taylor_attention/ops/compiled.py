@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from ..core.basis import feature_count, reading_weights
 from ..core.near import Near
+from ..core.ranges import token_limit
 from ..core.state import State
 from .normaliser import SAFE_SHARE
 from .problem import FULL_RESET, Gradients, Inputs, Problem, gradients
@@ -242,6 +243,7 @@ def plan_step(
         count_threads(batch * heads * (columns * features + slots * (head_dim + columns)), _PARALLEL_READ),
         state.scale,
         -1.0 if safe_share is None else safe_share,
+        token_limit(state.dtype),
         *map(address, constants),
         *(fit_limits(degree) if fitted else (-1.0, 0.0, 0.0)),
         *(stride for x in inputs for stride in x.stride()[:2]),
@@ -275,13 +277,36 @@ def decode_(
 
     Returns:
         y [B, Hq, 1, dv], and the number of rows that are NaN for the reason above; -1 if nothing was done because a
-        log decay is not <= 0.
+        log decay is not <= 0 or a token is not in range.
     """
-    if state.tail_length == step.tail:
-        fold_(state)
-    near = state.near
     out = query.new_empty(step.out)
-    unsafe = kernels().decode(
+    if state.tail_length == step.tail:  # judged before the tail is folded: what is refused changes nothing
+        if _append_(step, query, key, value, visible, log_decay, state, out) < 0:
+            return out, -1
+        fold_(state)
+    unsafe = _append_(step, query, key, value, visible, log_decay, state, out)
+    if unsafe >= 0:
+        near = state.near
+        if step.tail is not None:
+            state.tail_length += 1
+        increment_version((state.tail_key, state.tail_value, state.log_decay, state.tail_log_decay, state.tokens))
+        if near is not None:
+            increment_version(_near_tensors(near))
+    return out, unsafe
+
+
+def _append_(
+    step: Step,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    log_decay: Tensor | None,
+    state: State,
+    out: Tensor,
+) -> int:
+    near = state.near
+    unsafe: int = kernels().decode(
         *step.numbers,
         state.tail_length,
         query.data_ptr(),
@@ -298,13 +323,7 @@ def decode_(
         out.data_ptr(),
         *(() if near is None else _near_arguments(step, near)),
     )
-    if unsafe >= 0:
-        if step.tail is not None:
-            state.tail_length += 1
-        increment_version((state.tail_key, state.tail_value, state.log_decay, state.tail_log_decay, state.tokens))
-        if near is not None:
-            increment_version(_near_tensors(near))
-    return out, unsafe
+    return unsafe
 
 
 def _near_arguments(step: Step, near: Near) -> tuple[float, ...]:

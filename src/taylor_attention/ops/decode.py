@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.ranges import check_tokens
 from ..core.series import Series
 from ..core.state import State
 from ..errors import expect
@@ -15,7 +16,7 @@ from . import compiled
 from .attention import attention
 from .backends import uses_kernels
 from .decode_torch import decode_one_
-from .normaliser import SAFE_SHARE, resolve, warn_unsafe
+from .normaliser import SAFE_SHARE, note, resolve, warn_unsafe
 from .validation import (
     Optional,
     check_choices,
@@ -52,15 +53,19 @@ def decode_(
         y [B, Hq, n, dv] in the query's dtype.
 
     Raises:
-        ArgumentError: an argument is not as above, or gradients are being recorded; the state is unchanged.
+        ArgumentError: an argument is not as above, gradients are being recorded, or a token that is not hidden is not
+            finite or too large for the moments (see `core.ranges`); the state is unchanged.
     """
     step = _checked(query, key, value, key_padding_mask, log_decay, state, scale, series, reading, backend)
     if step.compiled is not None and step.compiled.as_they_are:
         y, unsafe = compiled.decode_(step.compiled, query, key, value, key_padding_mask, log_decay, state)
         if unsafe < 0:
             check_data(None, log_decay, 1)
+            check_tokens(key, value, key_padding_mask, state.degree)
+        assert unsafe >= 0  # what the kernels refuse, one of these refuses
         if unsafe > 0:
-            warn_unsafe(unsafe)
+            warn_unsafe()
+        note(y, query)
         return y
     if step.compiled is not None:  # once more, with tensors that the kernels can read
         q, k, v = (x.to(state.dtype).contiguous() for x in (query, key, value))
@@ -69,6 +74,7 @@ def decode_(
         return again(q, k, v, state, key_padding_mask=key_padding_mask, log_decay=gate).to(query.dtype)
     if log_decay is not None:
         check_data(None, log_decay, 1)
+    check_tokens(key.to(state.dtype), value.to(state.dtype), key_padding_mask, state.degree)
     with torch.no_grad():
         if step.queries == 1:
             with torch.autocast(query.device.type, enabled=False):  # sums keep their dtype whatever the caller's says

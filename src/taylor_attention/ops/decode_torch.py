@@ -8,7 +8,7 @@ from torch import Tensor
 from ..core.basis import expand, offsets, reading_weights
 from ..core.near import Near
 from ..core.state import State, wide_dtype
-from .normaliser import divide, divide_checked
+from .normaliser import divide, divide_checked, note
 from .problem import FORGOTTEN, FULL_RESET
 from .reading import fit, join
 from .tiles import polynomial
@@ -32,19 +32,19 @@ def decode_one_(
         coefficients: of the series, none without a far part. fitted: read far scores by `reading.fit`.
         checked: whether the normaliser may fail to be positive.
     """
-    batch, heads = key.shape[:2]
+    batch, heads, group = *key.shape[:2], query.shape[1] // key.shape[1]
     k, v = key[:, :, 0].to(state.dtype), value[:, :, 0].to(state.dtype)
-    u = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1)
-    u = u + (k * 0).sum(-1, keepdim=True) + (v * 0).sum(-1, keepdim=True)  # all NaN if any is not finite
+    u = torch.cat((v, v.new_ones(batch, heads, 1)), dim=-1)
     gate = None if log_decay is None else log_decay[..., 0].to(wide_dtype(state.device)).clamp(min=FULL_RESET)
     state.append_(k, u, gate, None if visible is None else visible[:, 0])
-    q = (query[:, :, 0].to(state.dtype) * state.scale).reshape(batch * heads, -1, state.head_dim)  # [n, g, d]
+    q = (query[:, :, 0].to(state.dtype) * state.scale).reshape(batch * heads, group, state.head_dim)  # [n, g, d]
     out, seen = _read_(q, state, coefficients, fitted, None if visible is None else visible[:, 0])
-    out, seen = out.reshape(batch, -1, 1, u.shape[-1]), seen.reshape(batch, -1, 1)
+    out, seen = out.reshape(batch, heads * group, 1, u.shape[-1]), seen.reshape(batch, heads * group, 1)
     if visible is not None and (fitted or state.near is not None):  # hidden tokens see nothing
         out, seen = out.masked_fill(~visible[:, None, :, None], 0), seen.masked_fill(~visible[:, None], 0)
     constant = 1.0 if fitted or not coefficients else coefficients[0]
     y = divide_checked(out, seen, constant) if checked else divide(out, out[..., -1] == 0)
+    note(y, query)
     return y.to(query.dtype)
 
 

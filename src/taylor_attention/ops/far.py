@@ -103,7 +103,7 @@ def find_far(sequence: Sequence, contest: Contest | None) -> Far | None:
     if contest is not None:
         key, columns, totals = contest.leaver
     else:
-        columns, totals = torch.cat([value, torch.ones_like(value[..., :1])], -1), sequence.ext_totals[..., :count]
+        columns, totals = torch.cat([value, value.new_ones(*value.shape[:3], 1)], -1), sequence.ext_totals[..., :count]
         if shown is not None:
             hidden = ~shown[:, None, :, None]
             key, columns = key.masked_fill(hidden, 0), columns.masked_fill(hidden, 0)

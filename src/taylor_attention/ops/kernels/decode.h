@@ -3,6 +3,7 @@
 #include "dots.h"
 #include "exact.h"
 #include "fit.h"
+#include "range.h"
 #include "sweep.h"
 
 namespace taylor {
@@ -56,9 +57,7 @@ template <class T, bool near> struct Decoding {
     const Index batch = row / s.heads, head = row % s.heads;
     const bool visible = is_visible(s, batch);
     T *keys = tail_keys(row) + s.position, *values = tail_values(row);
-    Token<T> token = {tokens_of<T>(s.key, batch, head, 0), tokens_of<T>(s.value, batch, head, 0), 0};
-    for (Index c = 0; c < d; ++c) token.broken += token.key[c] * 0;
-    for (Index e = 0; e + 1 < s.columns; ++e) token.broken += token.value[e] * 0;
+    const Token<T> token = {tokens_of<T>(s.key, batch, head, 0), tokens_of<T>(s.value, batch, head, 0)};
     if (s.gates.data && visible) {
       const double gate = gate_of(s.gates, batch, head);
       s.log_decay[row] += gate;
@@ -207,7 +206,7 @@ template <class T, bool near> struct Decoding {
     if (s.safe >= 0) {
       const T seen = visible_weight(row);
       empty = seen == 0;
-      bad |= !(z > T(s.safe) * seen) && !empty;
+      bad |= !(z > T(s.safe) * seen && z < T(INFINITY)) && !empty;
     }
     write_out(query_head, total, z, empty, bad);
     return bad;
@@ -236,7 +235,7 @@ template <class T, bool near> struct Decoding {
     if (s.safe >= 0) {
       const T seen = visible_weight(row);
       empty = seen == 0 && !exact.any();
-      bad |= !(z > T(s.safe) * seen * factor + T(s.near.safe) * weight) && !empty;
+      bad |= !(z > T(s.safe) * seen * factor + T(s.near.safe) * weight && z < T(INFINITY)) && !empty;
     }
     write_out(query_head, total, z, empty, bad);
     if (s.near.heavy.width) exact.note(row, top);
@@ -245,10 +244,8 @@ template <class T, bool near> struct Decoding {
 
   INLINE void write_out(Index query_head, const T* total, T z, bool empty, bool bad) const {
     T* out = static_cast<T*>(s.out) + query_head * (s.columns - 1);
-    for (Index e = 0; e + 1 < s.columns; ++e) {
-      const T n = sum<T>(load(total + e * L));
-      out[e] = bad ? T(NAN) : empty ? n : n / z;
-    }
+    const T by = empty ? T(1) : z > 0 && z < T(INFINITY) && !bad ? z : T(NAN);
+    for (Index e = 0; e + 1 < s.columns; ++e) out[e] = sum<T>(load(total + e * L)) / by;
   }
 
   // What the visible keys of a row would give at score zero.
@@ -269,9 +266,20 @@ template <class T, bool near> struct Decoding {
   Buffer<Reading<T>> readings;
 };
 
+// Whether a gate or a token is not to be appended.
+template <class T> bool refuses(const Step& s) {
+  for (Index b = 0; b < s.batch; ++b)
+    for (Index h = 0; h < s.heads; ++h) {
+      if (s.gates.data && !(gate_of(s.gates, b, h) <= 0)) return true;
+      const T *key = tokens_of<T>(s.key, b, h, 0), *value = tokens_of<T>(s.value, b, h, 0);
+      if (is_visible(s, b) && !in_range(key, s.layout->head_dim, value, s.columns - 1, s.layout->degree, s.limit)) return true;
+    }
+  return false;
+}
+
 template <class T, bool near> Index decode_rows(const Step& s) {
-  for (Index i = 0; s.gates.data && i < s.batch * s.heads; ++i)
-    if (!(gate_of(s.gates, i / s.heads, i % s.heads) <= 0)) return -1;  // before anything is changed
+  if (refuses<T>(s)) return -1;                       // before anything is changed
+  if (s.width > 0 && s.position == s.width) return 0;  // nor has a full tail been folded yet
   const Index rows = s.batch * s.heads, parts = s.threads > 1 && rows > s.threads ? 4 * s.threads : s.threads;
   Index unsafe = 0;
   run_tasks(parts, s.threads, [&](Index part) {

@@ -13,16 +13,15 @@ template <class T> struct Slot {
   Index width;
 };
 
-// A token as it comes; `broken` is NaN if anything in it is not finite, else 0.
+// A token as it comes.
 template <class T> struct Token {
   const T *key, *value;
-  T broken;
 };
 
 template <class T> INLINE void write(const Token<T>& token, bool visible, Index d, Index columns, const Slot<T>& to) {
   for (Index c = 0; c < d; ++c) to.key[c * to.width] = visible ? token.key[c] : 0;
   for (Index e = 0; e < columns; ++e)
-    to.value[e * to.width] = visible ? (e + 1 < columns ? token.value[e] : 1) + token.broken : 0;
+    to.value[e * to.width] = visible ? (e + 1 < columns ? token.value[e] : 1) : 0;
 }
 
 template <class T> void copy(const Slot<T>& from, T faded, Index d, Index columns, const Slot<T>& to) {

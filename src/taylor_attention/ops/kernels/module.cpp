@@ -176,7 +176,7 @@ PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
   s.layout = numbers.layout();
   s.batch = numbers.integer(), s.heads = numbers.integer(), s.group = numbers.integer();
   s.columns = numbers.integer(), s.width = numbers.integer(), s.threads = numbers.integer();
-  s.scale = numbers.real(), s.safe = numbers.real();
+  s.scale = numbers.real(), s.safe = numbers.real(), s.limit = numbers.real();
   s.coefficients = numbers.pointer<const void>(), s.weights = numbers.pointer<const void>();
   s.fitting.largest_variance = numbers.real(), s.fitting.safe = numbers.real(), s.fitting.rounding = numbers.real();
   for (Strided* x : {&s.query, &s.key, &s.value}) x->batch = numbers.integer(), x->head = numbers.integer();

@@ -93,9 +93,11 @@ struct Fitting {
 // One token appended to states and attended from them.
 struct Step {
   const Layout* layout;
-  Index batch, heads, group, columns, width, position;  // tail: capacity (0: no moments either), slot of the new token
+  // Tail: capacity (0: no moments either), slot of the new token; where there is none, the token is judged and no more.
+  Index batch, heads, group, columns, width, position;
   Index threads;
   double scale, safe;                  // safe: normalisers below safe x visible keys give NaN; negative: no check
+  double limit;                        // of what is appended, see range.h
   Strided query, key, value;           // one token each
   const std::uint8_t* visible;         // [batch] or null
   Index visible_stride;
@@ -142,7 +144,7 @@ struct NearProblem {
 struct Kernels {
   void (*forward)(const Problem&, bool is_double);
   void (*backward)(const Problem&, bool is_double);
-  Index (*decode)(const Step&, bool is_double);  // number of unsafe normalisers; -1: a gate is not <= 0
+  Index (*decode)(const Step&, bool is_double);  // number of unsafe normalisers; -1: the token or a gate is refused
   void (*fold)(const Fold&, bool is_double);
   void (*near_forward)(const NearProblem&, bool is_double);
   void (*near_backward)(const NearProblem&, bool is_double);
