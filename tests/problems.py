@@ -24,7 +24,8 @@ from tolerances import relative_error
 class Problem:
     """One call of attention. `along` holds what is cut together with the tokens: key_padding_mask and log_decay.
 
-    `options` holds the rest: causal, scale, series, window, sinks, heavy, reading. The oracle knows no heavy tokens.
+    `options` holds the rest: causal, scale, series, window, sinks, heavy, reading, far_gain. The oracle knows no heavy
+    tokens.
     """
 
     query: Tensor
@@ -51,7 +52,8 @@ class Problem:
         return attention_reference(*self.arguments, degree=self.degree, **self.options, **self.along)
 
     def decode_(self, state: ta.State, **more: Any) -> Tensor:
-        return ta.decode_(*self.arguments, state, **self._given("scale", "series", "reading"), **self.along, **more)
+        given = self._given("scale", "series", "reading", "far_gain")
+        return ta.decode_(*self.arguments, state, **given, **self.along, **more)
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -103,6 +103,7 @@ MISUSE = {
     "train: steps": ("steps: expected", "train", "{folder}/text.txt", "--out", "{folder}/run", "--steps", "0"),
     "train: attention": ("--attention", "train", "{folder}/text.txt", "--out", "{folder}/run", "--attention", "none"),
     "train: reading": ("--reading", "train", "{folder}/text.txt", "--out", "{folder}/run", "--reading", "exact"),
+    "train: gain": ("far_gain: expected", "train", "{folder}/text.txt", "--out", "{folder}/run", "--far-gain"),
     "train: nothing to resume": ("{folder}/run", "train", "--resume", "--out", "{folder}/run"),
     "generate: no prompt": ("PROMPT: expected", "generate", "--model", "{folder}/taylor"),
     "generate: empty prompt": ("PROMPT: expected at least one byte", "generate", "", "--model", "{folder}/taylor"),
@@ -375,9 +376,12 @@ def test_train_prints_a_summary(folder: Path, tmp_path: Path):
 
 
 def test_train_reads_scores_as_it_is_told(folder: Path, tmp_path: Path):
-    ok("train", folder / "text.txt", "--out", tmp_path / "run", *SMALL, "--reading", "fitted", "--window", 4)
+    options = "--reading", "fitted", "--window", 4, "--far-gain"
+    ok("train", folder / "text.txt", "--out", tmp_path / "run", *SMALL, *options)
     made = tmp_path / "run" / "model.safetensors"
-    assert load_checkpoint(made)[0].config.reading == "fitted"
+    model, _ = load_checkpoint(made)
+    assert model.config.reading == "fitted"
+    assert bool(model.blocks[0].attention.far_log_gain.all())  # it was 0
     ok("generate", "hi", "-n", 3, "--model", made)
     assert load_checkpoint(folder / "taylor")[0].config.reading == "taylor"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,19 @@ def test_comes_back_as_it_was(tmp_path: Path, attention: str):
     assert fingerprint(back) == fingerprint(model)
     tokens = torch.randint(256, (1, 9))
     assert torch.equal(back(tokens), model(tokens))
+
+
+def test_a_file_from_before_an_option_is_read_without_it(tmp_path: Path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, build())
+
+    def forget(_: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        config = json.loads(metadata["config"])
+        assert not config.pop("far_gain")
+        metadata["config"] = json.dumps(config)
+
+    rewrite(forget)(path)
+    assert load_checkpoint(path)[0].config == build().config
 
 
 def test_half_precision_halves_the_file(tmp_path: Path):

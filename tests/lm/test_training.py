@@ -113,6 +113,15 @@ def test_a_resumed_run_is_the_run_that_never_stopped(config: TrainingConfig, tmp
     assert summary["validation"] == finished["validation"]
 
 
+def test_a_run_whose_texts_are_all_near_can_be_resumed(config: TrainingConfig):
+    """No token is ever far, so that a gain has nothing to learn from; AdamW remembers it all the same."""
+    config = change(config, model=dataclasses.replace(TINY, window=32, far_gain=True), steps=2)
+    with pytest.raises(Stop):
+        train(change(config, checkpoint_interval=1), progress=stop_after(1))
+    train(config, resume=True)
+    assert not weights(config.out)["model/blocks.0.attention.far_log_gain"].any()
+
+
 def test_an_interrupted_run_is_saved_at_that_step(config: TrainingConfig, tmp_path: Path):
     def interrupt(progress: Progress) -> None:
         if progress.step == 7:

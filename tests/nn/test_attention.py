@@ -33,8 +33,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fitted": {"reading": "fitted", "num_kv_heads": 2},
     "fitted, window": {"reading": "fitted", "window": 3, "decay": "head"},
     "centred keys": {"center_keys": True, "num_kv_heads": 2, "decay": "head"},
+    "far gain": {"far_gain": True, "window": 4, "sinks": 2, "num_kv_heads": 2, "decay": "token"},
+    "far gain, fitted": {"far_gain": True, "window": 3, "reading": "fitted"},
 }
-TAYLORS = ("degree", "window", "sinks", "reading", "center_keys")
+TAYLORS = ("degree", "window", "sinks", "reading", "center_keys", "far_gain")
 
 
 def build(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Attention:
@@ -46,6 +48,8 @@ def build(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Atte
     layer = TaylorAttention(D_MODEL, 4, **own, **sizes).to(dtype)
     if layer.key_center is not None:  # zeros are nothing to test with
         nn.init.normal_(layer.key_center, std=0.3)
+    if layer.far_log_gain is not None:
+        nn.init.normal_(layer.far_log_gain)
     return layer
 
 
@@ -152,6 +156,7 @@ def test_a_long_series_is_softmax(options: dict[str, Any]):
     taylor, softmax = build("taylor", degree=10, **options), build("softmax", **options)
     weights = taylor.state_dict()
     weights.pop("key_center", None)  # to softmax it is nothing
+    weights.pop("far_log_gain", torch.zeros(4)).zero_()  # and this is 0 at first
     softmax.load_state_dict(weights)
     for layer in (taylor, softmax):
         layer.scale = 0.2 * layer.head_dim**-0.5  # |s| <= 0.4 with the norm: 0.4^11 / 11! = 1e-12
@@ -275,6 +280,32 @@ def test_a_center_starts_at_zero_and_belongs_to_taylor_layers_that_ask_for_it():
         SoftmaxAttention(D_MODEL, 2, 1, center_keys=True)
 
 
+@pytest.mark.parametrize("reading", ["taylor", "fitted"])
+def test_a_gain_starts_where_it_changes_no_bit_and_is_learnt(reading: str):
+    options: dict[str, Any] = {"head_dim": 4, "window": 3, "sinks": 1, "reading": reading}
+    layer, plain = TaylorAttention(D_MODEL, 4, 2, far_gain=True, **options), TaylorAttention(D_MODEL, 4, 2, **options)
+    assert torch.equal(layer.far_log_gain, torch.zeros(4))
+    assert layer.state_dict().keys() - plain.state_dict().keys() == {"far_log_gain"}
+    plain.load_state_dict({name: x for name, x in layer.state_dict().items() if name != "far_log_gain"})
+    x = torch.randn(B, T, D_MODEL)
+    y = layer(x)
+    assert torch.equal(y, plain(x))
+    assert torch.equal(layer.decode_(x[:, :1], layer.new_state(B)), plain.decode_(x[:, :1], plain.new_state(B)))
+    y.square().sum().backward()
+    assert bool((layer.far_log_gain.grad != 0).all())
+    with torch.no_grad():
+        layer.far_log_gain.copy_(torch.tensor([0.0, 0.0, 2.0, 0.0]))
+    layer.output, plain.output = nn.Identity(), nn.Identity()
+    changed = (layer(x) != plain(x)).unflatten(-1, (4, 4)).any(-1)  # [B, T, Hq]
+    first = torch.arange(T) >= 4  # where a query sees a far token
+    assert torch.equal(changed, first[:, None] & torch.tensor([False, False, True, False]).expand(B, T, 4))
+
+
+def test_a_gain_belongs_to_taylor_layers():
+    with pytest.raises(TypeError, match="far_gain"):
+        SoftmaxAttention(D_MODEL, 2, 1, far_gain=True)
+
+
 def test_autocast_keeps_the_keys_dtype():
     layer, x = build("taylor", torch.float32, center_keys=True), torch.randn(1, 9, D_MODEL)
     with torch.autocast("cpu", torch.bfloat16):
@@ -298,6 +329,12 @@ def test_autocast_keeps_the_keys_dtype():
         ({"reading": "exact"}, "reading: expected one of ('taylor', 'fitted'), got 'exact'"),
         ({"reading": "fitted", "causal": False}, "causal: expected True with reading='fitted', got False"),
         ({"center_keys": 1}, "center_keys: expected a bool, got 1"),
+        ({"far_gain": 0.5, "window": 3}, "far_gain: expected a bool, got 0.5"),
+        ({"far_gain": True}, "far_gain: expected False without a degree, or without a window or sinks, got True"),
+        (
+            {"far_gain": True, "window": 3, "degree": None},
+            "far_gain: expected False without a degree, or without a window or sinks, got True",
+        ),
     ],
 )
 def test_misuse_is_named(change: dict[str, Any], message: str):

@@ -49,12 +49,25 @@ def test_any_split_is_one_forward(attention: str, decay: str | None, cuts: list[
     assert [state.tokens.tolist() for state in states] == [[11, 11]] * 2
 
 
-@pytest.mark.parametrize("options", [{"reading": "fitted"}, {"reading": "fitted", "window": 3}, {"center_keys": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reading": "fitted"},
+        {"reading": "fitted", "window": 3},
+        {"center_keys": True},
+        {"far_gain": True, "window": 3},
+        {"far_gain": True, "sinks": 2, "reading": "fitted"},
+    ],
+    ids=str,
+)
 def test_how_scores_are_read_is_passed_to_all_layers(options: dict[str, Any]):
     model, tokens = build("taylor", **options), text(2, 11)
     for block in model.blocks:
         assert block.attention.reading == options.get("reading", "taylor")
         assert (block.attention.key_center is not None) == options.get("center_keys", False)
+        assert (block.attention.far_log_gain is not None) == options.get("far_gain", False)
+    for gain in [weight for name, weight in model.named_parameters() if name.endswith("far_log_gain")]:
+        torch.nn.init.normal_(gain)
     states = model.new_states(2)
     decoded = torch.cat([model.decode_(part, states) for part in tokens.tensor_split([3, 4, 5], dim=1)], dim=1)
     assert relative_error(decoded, model(tokens)) < TOLERANCE[torch.float64]
@@ -159,6 +172,8 @@ def test_configuration_goes_through_a_dictionary():
         ({"degree": -2}, "degree: expected an int >= 0, got -2"),
         ({"reading": "exp"}, r"reading: expected one of \('taylor', 'fitted'\), got 'exp'"),
         ({"center_keys": "yes"}, "center_keys: expected a bool, got 'yes'"),
+        ({"far_gain": "yes"}, "far_gain: expected a bool, got 'yes'"),
+        ({"far_gain": True}, "far_gain: expected False without a degree, or without a window or sinks, got True"),
         ({"decay": "yes"}, "decay: expected None, 'head' or 'token', got 'yes'"),
         ({"mlp_ratio": 0}, "mlp_ratio: expected a number > 0, got 0"),
     ],

@@ -171,7 +171,8 @@ def oracle(problem, walks):
     degree, fitted = problem.degree, problem.options.get("reading") == "fitted"
     coefficients = () if degree is None else EXP.coefficients(degree)
     pairs = pairs & exact if degree is None else pairs
-    return weigh(*problem.arguments, coefficients, fitted, None, shown, pairs, exact, problem.along.get("log_decay"))
+    options = problem.along.get("log_decay"), problem.options.get("far_gain")
+    return weigh(*problem.arguments, coefficients, fitted, None, shown, pairs, exact, *options)
 
 
 def held(problem, walks):
@@ -297,6 +298,16 @@ def test_a_fitted_reading_sees_the_same_far_tokens(kind, degree, way):
     y, state = way(problem)
     assert relative_error(y, oracle(problem, walks)) < EXACT
     assert_contents(state, held(problem, walks))
+
+
+@EITHER
+@pytest.mark.parametrize("reading", ["taylor", "fitted"])
+@pytest.mark.parametrize("way", [one_shot, decode, lambda p: carry(p, [7])], ids=["one call", "decoding", "pieces"])
+def test_a_gain_multiplies_the_same_far_tokens(reading, way):
+    gain = torch.tensor([-2.0, 0.7, 3.0, -0.3], dtype=torch.float64)
+    problem = problem_of("decay, holes, groups", (3, 2, 3, 2), reading=reading, far_gain=gain)
+    y, _ = way(problem)
+    assert relative_error(y, oracle(problem, clearly(problem))) < EXACT
 
 
 @ROWS

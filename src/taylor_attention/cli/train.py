@@ -42,6 +42,7 @@ def _setting(flag: str, field: str, help: str, **options: Any) -> Callable[[Any]
 @_setting("--sinks", "sinks", "First tokens that are attended to exactly.")
 @_setting("--heavy", "heavy", "Weightiest tokens that are, beside these.")
 @_setting("--reading", "reading", "How all other scores are read.", type=click.Choice(READINGS))
+@_setting("--far-gain", "far_gain", "Learn a factor per head on these others' weights.", is_flag=True)
 @_setting("--layers", "num_layers", "Blocks.")
 @_setting("--width", "d_model", "Width of the residual stream.")
 @_setting("--heads", "num_heads", "Query heads.")

@@ -31,6 +31,8 @@ class TaylorAttention(Attention):
         center_keys: subtract a learned vector per key/value head, `key_center`, from the keys (after norm and
             rotation). To softmax it is nothing, as all scores of a query change alike; a series it moves to where the
             scores are.
+        far_gain: multiply the weights of the far tokens by exp of a learned number per query head, `far_log_gain`, 0 at
+            first; only with near tokens and a degree.
     """
 
     _state_type = State
@@ -49,6 +51,7 @@ class TaylorAttention(Attention):
         heavy: int = 0,
         reading: str = "taylor",
         center_keys: bool = False,
+        far_gain: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_heads, num_kv_heads, head_dim, value_dim, **options)
@@ -56,8 +59,10 @@ class TaylorAttention(Attention):
         expect(self.causal or window + sinks == 0, "causal", "True with a window or sinks", self.causal)
         check_reading(reading, None, self.causal)
         check_center_keys(center_keys)
+        check_far_gain(far_gain, degree, window, sinks)
         self.degree, self.window, self.sinks, self.heavy, self.reading = degree, window, sinks, heavy, reading
         self.key_center = nn.Parameter(torch.zeros(self.num_kv_heads, self.head_dim)) if center_keys else None
+        self.far_log_gain = nn.Parameter(torch.zeros(self.num_heads)) if far_gain else None
 
     def new_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -97,6 +102,7 @@ class TaylorAttention(Attention):
             "scale": self.scale,
             "key_padding_mask": heads.key_padding_mask,
             "log_decay": heads.log_decay,
+            "far_gain": self.far_log_gain,
             "state": state,
         }
         if return_state:
@@ -111,12 +117,20 @@ class TaylorAttention(Attention):
             reading=self.reading,
             key_padding_mask=heads.key_padding_mask,
             log_decay=heads.log_decay,
+            far_gain=self.far_log_gain,
         )
 
 
 def check_center_keys(center_keys: bool) -> None:
     """Raise ArgumentError for what is neither True nor False."""
     expect(isinstance(center_keys, bool), "center_keys", "a bool", repr(center_keys))
+
+
+def check_far_gain(far_gain: bool, degree: int | None, window: int, sinks: int) -> None:
+    """Raise ArgumentError for what is neither True nor False, and for a gain where nothing or everything is far."""
+    expect(isinstance(far_gain, bool), "far_gain", "a bool", repr(far_gain))
+    useful = degree is not None and window + sinks > 0
+    expect(useful or not far_gain, "far_gain", "False without a degree, or without a window or sinks", far_gain)
 
 
 class SoftmaxAttention(Attention):

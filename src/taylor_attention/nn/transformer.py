@@ -14,7 +14,7 @@ from torch.nn import functional
 from ..core.state import State, check_reach
 from ..errors import ArgumentError, expect
 from ..ops.validation import check_reading
-from .attention import SoftmaxAttention, TaylorAttention, check_center_keys
+from .attention import SoftmaxAttention, TaylorAttention, check_center_keys, check_far_gain
 from .cache import KeyValueCache
 from .layer import check_decay, resolve_sizes
 from .norm import RMSNorm
@@ -30,8 +30,8 @@ class ModelConfig:
         num_layers: blocks.
         num_heads, num_kv_heads, head_dim, value_dim, qk_norm, rope, rope_base, decay: see `TaylorAttention`.
         attention: "taylor" or "softmax".
-        degree, window, sinks, heavy, reading, center_keys: see `TaylorAttention`; a softmax model keeps them unused, so
-            that twins differ in one field.
+        degree, window, sinks, heavy, reading, center_keys, far_gain: see `TaylorAttention`; a softmax model keeps them
+            unused, so that twins differ in one field.
         mlp_ratio: hidden width of the MLP over d_model.
     """
 
@@ -49,6 +49,7 @@ class ModelConfig:
     heavy: int = 0
     reading: str = "taylor"
     center_keys: bool = False
+    far_gain: bool = False
     qk_norm: bool = True
     rope: bool = True
     rope_base: float = 10000.0
@@ -66,6 +67,7 @@ class ModelConfig:
         check_reach(self.degree, self.window, self.sinks, self.heavy)
         check_reading(self.reading, None, True)
         check_center_keys(self.center_keys)
+        check_far_gain(self.far_gain, self.degree, self.window, self.sinks)
         check_decay(self.decay)
         resolve_sizes(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim, self.rope)
 
@@ -75,7 +77,7 @@ class ModelConfig:
         options: dict[str, Any] = {name: getattr(self, name) for name in ("qk_norm", "rope", "rope_base", "decay")}
         if self.attention == "softmax":
             return SoftmaxAttention(*sizes, **options)
-        for name in ("degree", "window", "sinks", "heavy", "reading", "center_keys"):
+        for name in ("degree", "window", "sinks", "heavy", "reading", "center_keys", "far_gain"):
             options[name] = getattr(self, name)
         return TaylorAttention(*sizes, **options)
 

@@ -22,6 +22,7 @@ from .validation import (
     Shapes,
     check_choices,
     check_data,
+    check_gain,
     check_inputs,
     check_reading,
     check_scale,
@@ -46,6 +47,7 @@ class Options(TypedDict, total=False):
     key_padding_mask: Tensor | None
     cu_seqlens: Tensor | None
     log_decay: Tensor | None
+    far_gain: Tensor | None
     state: State | None
     backend: str
     chunk_size: int | None
@@ -82,6 +84,7 @@ def attention(
     key_padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     log_decay: Tensor | None = None,
+    far_gain: Tensor | None = None,
     state: State | None = None,
     return_state: bool = False,
     backend: str = "auto",
@@ -92,7 +95,7 @@ def attention(
 
     With s_ij = scale * q_i . k_j and f(s) = sum_p c_p s^p up to `degree`, y_i = sum_j f(s_ij) v_j / sum_j f(s_ij) over
     the visible keys (for exp: the paper's equations 1 to 8). Costs do not depend on the context beyond the moments.
-    Differentiable in query, key, value, log_decay and the state; sums are float32 (float64 for float64 inputs).
+    Differentiable in all tensors of numbers and the state; sums are float32 (float64 for float64 inputs).
 
     With a window or sinks, near keys have their true weight exp(s_ij) and only the others, the far ones, f(s_ij), in
     one sum and one normaliser. A window that holds all tokens gives softmax.
@@ -118,6 +121,9 @@ def attention(
         cu_seqlens: int32 [N + 1], borders of N sequences packed in one row (B == 1, Tq == Tk): 0, ..., Tk.
         log_decay: [B, Hkv, T] <= 0, forget gates (causal only): the weight of key j for query i is multiplied by
             exp(sum of log_decay over j < t <= i). -inf forgets everything before t.
+        far_gain: [Hq], floating point: far weights are multiplied by exp(far_gain), a factor per query head. Only with
+            a window or sinks and a degree, as without near tokens it cancels. Meant for |far_gain| <= 40: exp(far_gain)
+            times the sums of far weights must be finite in their dtype.
         state: the tokens before these (left unchanged); its batch is B, or N with cu_seqlens.
         return_state: also return the state after these tokens.
         backend: "cpu" (compiled kernels), "torch" (PyTorch's own products, any device), or "auto": the fastest here.
@@ -145,6 +151,7 @@ def attention(
     shapes = check_inputs(query, key, value, optional, causal, near=window + sinks > 0)
     check_choices(backend, chunk_size)
     check_reading(reading, series, causal)
+    check_gain(far_gain, shapes, degree, window + sinks > 0)
     degree = None if degree is None else len(range(degree))  # a tracer that takes ints for unknowns pins this one down
     scale = check_scale(scale, shapes.head_dim)
     if state is not None:
@@ -170,6 +177,7 @@ def attention(
             sequence,
             None if degree is None else coefficients,
             cu_seqlens,
+            far_gain=None if far_gain is None else far_gain.to(shapes.sum_dtype),
             fitted=fitted,
             checked=degree is not None and degree % 2 == 1 if fitted else not positive,
             chunk=chunk_size or 0,

@@ -212,6 +212,7 @@ def plan_step(
     inputs: tuple[Tensor, Tensor, Tensor],
     visible: Tensor | None,
     log_decay: Tensor | None,
+    far_gain: Tensor | None,
     state: State,
     coefficients: tuple[float, ...],
     fitted: bool,
@@ -254,9 +255,10 @@ def plan_step(
     )
     together = all((x.stride(3) == 1 or x.shape[3] <= 1) and x.dtype == state.dtype for x in inputs)
     gates = log_decay is None or log_decay.dtype in (torch.float32, torch.float64)
+    gain = far_gain is None or (far_gain.dtype == state.dtype and far_gain.is_contiguous())
     near = () if state.near is None else (state.window, state.sinks, state.heavy, SAFE_SHARE)
     tail = width if coefficients else None
-    return Step(numbers, near, tail, (batch, query_heads, 1, columns - 1), together and gates, constants)
+    return Step(numbers, near, tail, (batch, query_heads, 1, columns - 1), together and gates and gain, constants)
 
 
 def decode_(
@@ -266,6 +268,7 @@ def decode_(
     value: Tensor,
     visible: Tensor | None,
     log_decay: Tensor | None,
+    far_gain: Tensor | None,
     state: State,
 ) -> tuple[Tensor, int]:
     """Append one token to a state in place and attend; also how many normalisers are not safely positive.
@@ -273,7 +276,7 @@ def decode_(
     Args:
         step: what `plan_step` made for tensors like these; they can be read as they are.
         query: [B, Hq, 1, d]; key, value: [B, Hkv, 1, ...].
-        visible: bool [B, 1] or None. log_decay: [B, Hkv, 1] or None.
+        visible: bool [B, 1] or None. log_decay: [B, Hkv, 1] or None. far_gain: [Hq] or None.
 
     Returns:
         y [B, Hq, 1, dv], and the number of rows that are NaN for the reason above; -1 if nothing was done because a
@@ -281,10 +284,10 @@ def decode_(
     """
     out = query.new_empty(step.out)
     if state.tail_length == step.tail:  # judged before the tail is folded: what is refused changes nothing
-        if _append_(step, query, key, value, visible, log_decay, state, out) < 0:
+        if _append_(step, query, key, value, visible, log_decay, far_gain, state, out) < 0:
             return out, -1
         fold_(state)
-    unsafe = _append_(step, query, key, value, visible, log_decay, state, out)
+    unsafe = _append_(step, query, key, value, visible, log_decay, far_gain, state, out)
     if unsafe >= 0:
         near = state.near
         if step.tail is not None:
@@ -302,6 +305,7 @@ def _append_(
     value: Tensor,
     visible: Tensor | None,
     log_decay: Tensor | None,
+    far_gain: Tensor | None,
     state: State,
     out: Tensor,
 ) -> int:
@@ -314,6 +318,7 @@ def _append_(
         value.data_ptr(),
         0 if visible is None else visible.data_ptr(),
         0 if log_decay is None else log_decay.data_ptr(),
+        0 if far_gain is None else far_gain.data_ptr(),
         state.sums.data_ptr(),
         state.tail_key.data_ptr(),
         state.tail_value.data_ptr(),

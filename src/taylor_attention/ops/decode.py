@@ -21,6 +21,7 @@ from .validation import (
     Optional,
     check_choices,
     check_data,
+    check_gain,
     check_inputs,
     check_reading,
     check_scale,
@@ -40,6 +41,7 @@ def decode_(
     reading: str = "taylor",
     key_padding_mask: Tensor | None = None,
     log_decay: Tensor | None = None,
+    far_gain: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Append tokens to a state in place and attend from them: `attention(..., state=state)` for generation.
@@ -47,7 +49,7 @@ def decode_(
     Args:
         query: [B, Hq, n, d]. key: [B, Hkv, n, d]. value: [B, Hkv, n, dv]. Usually n == 1.
         state: the tokens before; changed in place. A state of `State.zeros` begins a sequence.
-        scale, series, reading, key_padding_mask, log_decay, backend: as for `attention`.
+        scale, series, reading, key_padding_mask, log_decay, far_gain, backend: as for `attention`.
 
     Returns:
         y [B, Hq, n, dv] in the query's dtype.
@@ -56,9 +58,9 @@ def decode_(
         ArgumentError: an argument is not as above, gradients are being recorded, or a token that is not hidden is not
             finite or too large for the moments (see `core.ranges`); the state is unchanged.
     """
-    step = _checked(query, key, value, key_padding_mask, log_decay, state, scale, series, reading, backend)
+    step = _checked(query, key, value, key_padding_mask, log_decay, far_gain, state, scale, series, reading, backend)
     if step.compiled is not None and step.compiled.as_they_are:
-        y, unsafe = compiled.decode_(step.compiled, query, key, value, key_padding_mask, log_decay, state)
+        y, unsafe = compiled.decode_(step.compiled, query, key, value, key_padding_mask, log_decay, far_gain, state)
         if unsafe < 0:
             check_data(None, log_decay, 1)
             check_tokens(key, value, key_padding_mask, state.degree)
@@ -70,17 +72,18 @@ def decode_(
     if step.compiled is not None:  # once more, with tensors that the kernels can read
         q, k, v = (x.to(state.dtype).contiguous() for x in (query, key, value))
         gate = None if log_decay is None else log_decay.double()
+        gain = None if far_gain is None else far_gain.to(state.dtype).contiguous()
         again = partial(decode_, scale=scale, series=series, reading=reading, backend=backend)
-        return again(q, k, v, state, key_padding_mask=key_padding_mask, log_decay=gate).to(query.dtype)
+        y = again(q, k, v, state, key_padding_mask=key_padding_mask, log_decay=gate, far_gain=gain)
+        return y.to(query.dtype)
     if log_decay is not None:
         check_data(None, log_decay, 1)
     check_tokens(key.to(state.dtype), value.to(state.dtype), key_padding_mask, state.degree)
     with torch.no_grad():
         if step.queries == 1:
             with torch.autocast(query.device.type, enabled=False):  # sums keep their dtype whatever the caller's says
-                return decode_one_(
-                    query, key, value, state, step.coefficients, key_padding_mask, log_decay, step.fitted, step.checked
-                )
+                optional = key_padding_mask, log_decay, far_gain
+                return decode_one_(query, key, value, state, step.coefficients, *optional, step.fitted, step.checked)
         y, after = attention(
             query,
             key,
@@ -94,6 +97,7 @@ def decode_(
             reading=reading,
             key_padding_mask=key_padding_mask,
             log_decay=log_decay,
+            far_gain=far_gain,
             state=state,
             return_state=True,
             backend=backend,
@@ -123,6 +127,7 @@ def _checked(
     value: Tensor,
     visible: Tensor | None,
     log_decay: Tensor | None,
+    far_gain: Tensor | None,
     state: State,
     scale: float | None,
     series: Series | None,
@@ -130,7 +135,7 @@ def _checked(
     backend: str,
 ) -> _Step:
     """Check everything but the data. What was good once is good again: decoding repeats the same call very often."""
-    arguments = (query, key, value, visible, log_decay, state, scale, series, reading, backend)
+    arguments = (query, key, value, visible, log_decay, far_gain, state, scale, series, reading, backend)
     if torch.compiler.is_compiling():
         return _check(*arguments)
     try:
@@ -141,6 +146,7 @@ def _checked(
             query.requires_grad or key.requires_grad or value.requires_grad or sums.requires_grad,
             None if visible is None else (visible.shape, visible.stride(), visible.dtype, visible.device),
             None if log_decay is None else _signature(log_decay),
+            None if far_gain is None else _signature(far_gain),
             (type(state), sums.shape, sums.dtype, sums.device, tail.shape, state.degree, state.scale),
             (state.window, state.sinks, state.heavy, state.is_contiguous),
             (scale, type(scale), series, reading, backend, torch.is_grad_enabled(), torch.get_num_threads()),
@@ -166,6 +172,7 @@ def _check(
     value: Tensor,
     visible: Tensor | None,
     log_decay: Tensor | None,
+    far_gain: Tensor | None,
     state: State,
     scale: float | None,
     series: Series | None,
@@ -175,8 +182,9 @@ def _check(
     expect(isinstance(state, State), "state", "a State", type(state))
     shapes = check_inputs(query, key, value, Optional(visible, None, log_decay), True)
     scale, degree = check_scale(scale, shapes.head_dim), state.degree
+    check_gain(far_gain, shapes, degree, state.near is not None)
     check_state(
-        state, shapes, degree, scale, state.window, state.sinks, state.heavy, in_place=(query, key, value, log_decay)
+        state, shapes, degree, scale, state.window, state.sinks, state.heavy, (query, key, value, log_decay, far_gain)
     )
     expect(state.is_contiguous, "state", "contiguous tensors, to change them in place", "others")
     check_choices(backend, None)
@@ -186,5 +194,6 @@ def _check(
     checked = not positive and (degree % 2 == 1 if fitted and degree is not None else True)
     if shapes.queries == 1 and uses_kernels(backend, query.device):
         safe_share = SAFE_SHARE * abs(coefficients[0]) if checked else None
-        plan = compiled.plan_step((query, key, value), visible, log_decay, state, coefficients, fitted, safe_share)
+        inputs = (query, key, value)
+        plan = compiled.plan_step(inputs, visible, log_decay, far_gain, state, coefficients, fitted, safe_share)
     return _Step(shapes.queries, coefficients, checked, fitted, plan)

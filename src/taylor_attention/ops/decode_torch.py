@@ -22,6 +22,7 @@ def decode_one_(
     coefficients: tuple[float, ...],
     visible: Tensor | None,
     log_decay: Tensor | None,
+    far_gain: Tensor | None,
     fitted: bool,
     checked: bool,
 ) -> Tensor:
@@ -30,6 +31,7 @@ def decode_one_(
     Args:
         query: [B, Hq, 1, d]; key, value: [B, Hkv, 1, ...]; visible: bool [B, 1]; log_decay: [B, Hkv, 1].
         coefficients: of the series, none without a far part. fitted: read far scores by `reading.fit`.
+        far_gain: the logarithm of a factor on far weights, [Hq], or None; only with near tokens.
         checked: whether the normaliser may fail to be positive.
     """
     batch, heads, group = *key.shape[:2], query.shape[1] // key.shape[1]
@@ -38,7 +40,8 @@ def decode_one_(
     gate = None if log_decay is None else log_decay[..., 0].to(wide_dtype(state.device)).clamp(min=FULL_RESET)
     state.append_(k, u, gate, None if visible is None else visible[:, 0])
     q = (query[:, :, 0].to(state.dtype) * state.scale).reshape(batch * heads, group, state.head_dim)  # [n, g, d]
-    out, seen = _read_(q, state, coefficients, fitted, None if visible is None else visible[:, 0])
+    gain = None if far_gain is None else far_gain.to(q.dtype).view(heads, group).repeat(batch, 1)  # [n, g]
+    out, seen = _read_(q, state, coefficients, gain, fitted, None if visible is None else visible[:, 0])
     out, seen = out.reshape(batch, heads * group, 1, u.shape[-1]), seen.reshape(batch, heads * group, 1)
     if visible is not None and (fitted or state.near is not None):  # hidden tokens see nothing
         out, seen = out.masked_fill(~visible[:, None, :, None], 0), seen.masked_fill(~visible[:, None], 0)
@@ -49,11 +52,17 @@ def decode_one_(
 
 
 def _read_(
-    q: Tensor, state: State, coefficients: tuple[float, ...], fitted: bool, visible: Tensor | None
+    q: Tensor,
+    state: State,
+    coefficients: tuple[float, ...],
+    gain: Tensor | None,
+    fitted: bool,
+    visible: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """[N | Z] [n, g, E] for scaled queries [n, g, d], and what it would be if far weights were c_0, over c_0 [n, g].
 
-    Near tokens note the attention that they get from visible queries, bool [B].
+    Far weights count exp(gain) times, [n, g]. Near tokens note the attention that they get from visible queries,
+    bool [B].
     """
     if not coefficients:
         assert state.near is not None  # a state without a degree has near tokens
@@ -65,6 +74,7 @@ def _read_(
     else:
         out = _read_far(q, state, coefficients)
         log_factor = torch.zeros_like(out[..., -1])
+    log_factor = log_factor if gain is None else log_factor + gain
     if state.near is None and not fitted:
         return out, _count(state).expand(out.shape[:2])
     near, top = torch.zeros_like(out), log_factor

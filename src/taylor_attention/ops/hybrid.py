@@ -4,6 +4,7 @@ For a query at position i, with the sum over near keys and the sum over far ones
 
     y_i = (sum_near e^(s - m) v + e^-m N_far) / (sum_near e^(s - m) + e^-m Z_far)
 
+where N_far and Z_far count e^g times, if the query's head has a gain g.
 Hidden tokens take no place: they are moved before all others, and their rows are zeros.
 """
 
@@ -47,6 +48,7 @@ def attend_hybrid(
     coefficients: tuple[float, ...] | None,
     cu_seqlens: Tensor | None,
     *,
+    far_gain: Tensor | None,
     fitted: bool,
     checked: bool,
     chunk: int,
@@ -57,11 +59,15 @@ def attend_hybrid(
     Args:
         coefficients: of the series, None: no far part.
         cu_seqlens: borders of packed sequences, or None.
+        far_gain: the logarithm of a factor on far weights, [Hq] in the sums' dtype, or None.
         fitted: read far scores by a fit to each query's own; of the series only the degree counts then.
-        checked: also say what the keys would give if far weights were c_0 (1 where fitted), as a share of that.
+        checked: also say what the keys would give if far weights were c_0 (1 where fitted), gain apart, as a share of
+            that.
         keep: also return what the state after these tokens consists of.
     """
-    part = partial(_attend, coefficients=coefficients, fitted=fitted, checked=checked, chunk=chunk, keep=keep)
+    gain = None if far_gain is None else far_gain[:, None]
+    part = partial(_attend, coefficients=coefficients, gain=gain)
+    part = partial(part, fitted=fitted, checked=checked, chunk=chunk, keep=keep)
     solve = partial(_attend_compacted, solve=part)
     return solve(sequence) if cu_seqlens is None else _attend_packed(sequence, cu_seqlens, solve)
 
@@ -148,17 +154,18 @@ def _attend(
     sequence: Sequence,
     coefficients: tuple[float, ...] | None,
     *,
+    gain: Tensor | None,
     fitted: bool,
     checked: bool,
     chunk: int,
     keep: bool,
 ) -> Found:
-    """Sequences of one length; see `attend_hybrid`."""
+    """Sequences of one length; see `attend_hybrid`. gain: [Hq, 1]."""
     contest = find_contest(sequence) if sequence.heavy else None
     far = None if coefficients is None else find_far(sequence, contest)
     end, dropped, seen = None, None, None
     if far is None or coefficients is None:
-        both, top = _attend_near(sequence, contest, None)
+        both, top = _attend_near(sequence, contest, None if gain is None else _nothing(sequence, gain))
         by_far, weight = torch.zeros_like(top), both[..., -1]
     elif fitted:
         powers = []
@@ -166,13 +173,16 @@ def _attend(
             each, end, dropped = far.attend(power(p), chunk, keep and p + 1 == len(coefficients), sequence.backend)
             powers.append(each)
         near, top = _attend_near(sequence, contest, None)
-        both, by_near, by_far = join(near, top, *fit(powers))
+        out, log_factor = fit(powers)
+        both, by_near, by_far = join(near, top, out, log_factor if gain is None else log_factor + gain)
         weight = by_near * near[..., -1]
     else:
         out, end, dropped = far.attend(coefficients, chunk, keep, sequence.backend)
+        out = out if gain is None else gain.exp()[..., None] * out
         both, top = _attend_near(sequence, contest, out)
         by_far = far_factor(top)
         weight = both[..., -1] - by_far * out[..., -1]
+        by_far = by_far if gain is None else gain.exp() * by_far
     if checked and coefficients is not None:
         seen = weight.detach() / ((1 if fitted else abs(coefficients[0])) or 1)
         seen = seen if far is None else seen + by_far.detach() * far.count(sequence.backend)
@@ -182,6 +192,11 @@ def _attend(
         end, dropped = _moments_before(sequence, coefficients)
     after = _near_after(sequence, contest) if sequence.window or sequence.sinks else None
     return Found(both, seen, end, dropped, after)
+
+
+def _nothing(sequence: Sequence, gain: Tensor) -> Tensor:
+    """A far part without keys, [B, Hq, T, E]; so that the gain has a gradient, of zero, in short sequences too."""
+    return gain[..., None] * sequence.query.new_zeros(*sequence.query.shape[:3], sequence.value.shape[3] + 1)
 
 
 def _attend_near(sequence: Sequence, contest: Contest | None, far: Tensor | None) -> tuple[Tensor, Tensor]:

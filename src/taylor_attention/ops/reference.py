@@ -3,7 +3,7 @@
 For query i and key j with scaled score s_ij = scale * q_i . k_j:
 
     e_ij = exp(s_ij)   if j is one of the last `window` visible keys up to i, or of the first `sinks` of all
-           f(s_ij)     else: a truncated series, or nothing at all
+           f(s_ij)     else: a truncated series, or nothing at all; times e^g with a gain g of query i's head
     w_ij = e_ij * exp(sum of log decay over j < t <= i)       for visible keys, j <= i if causal
     y_i  = sum_j w_ij v_j / sum_j w_ij                        zeros where no key has weight
 
@@ -47,6 +47,7 @@ def attention_reference(
     reading: str = "taylor",
     key_padding_mask: Tensor | None = None,
     log_decay: Tensor | None = None,
+    far_gain: Tensor | None = None,
 ) -> Tensor:
     """Attention by its definition: [B, Hq, Tq, d], [B, Hkv, Tk, d], [B, Hkv, Tk, dv] -> [B, Hq, Tq, dv].
 
@@ -66,7 +67,7 @@ def attention_reference(
     else:
         coefficients = (series or EXP).coefficients(degree)
     fitted = reading == "fitted" and degree is not None
-    return _attend(query, key, value, coefficients, fitted, scale, visible, shown, exact, log_decay)
+    return _attend(query, key, value, coefficients, fitted, scale, visible, shown, exact, log_decay, far_gain)
 
 
 def softmax_reference(
@@ -107,6 +108,7 @@ def _attend(
     shown: Tensor,
     exact: Tensor,
     log_decay: Tensor | None,
+    far_gain: Tensor | None = None,
 ) -> Tensor:
     q, k, v = query.double(), key.double(), value.double()
     group = q.shape[1] // k.shape[1]
@@ -121,6 +123,8 @@ def _attend(
         far, size = _fit(scores, torch.where(shown & ~exact, faded, -torch.inf).exp(), len(coefficients) - 1)
     else:
         far, size = _truncated(scores, coefficients), torch.zeros_like(scores[..., :1])
+    if far_gain is not None:
+        size = size + far_gain.double()[:, None, None]
     size = torch.where(exact, scores, size) + faded  # log of a weight, but for the factor `far` of keys that are not
     size = torch.where(shown, size, -torch.inf)
     top = size.logsumexp(-1, keepdim=True).detach()  # a factor per query, which the division removes

@@ -95,6 +95,18 @@ def _check_optional(optional: Optional, key: Tensor, causal: bool) -> None:
         expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "at least one border", cu_seqlens.shape[0])
 
 
+def check_gain(far_gain: Tensor | None, shapes: Shapes, degree: int | None, near: bool) -> None:
+    """Check by what the far part is to be multiplied; near: whether some tokens are attended to exactly."""
+    if far_gain is None:
+        return
+    expect(near, "far_gain", "None without a window or sinks, where it would cancel", type(far_gain))
+    expect(degree is not None, "far_gain", "None without a degree, where nothing is far", type(far_gain))
+    _expect_tensor("far_gain", far_gain, 1, "[Hq]")
+    expect(far_gain.is_floating_point(), "far_gain", "a floating-point tensor", far_gain.dtype)
+    expect(far_gain.device == shapes.device, "far_gain", f"the query's device {shapes.device}", far_gain.device)
+    _expect_shape("far_gain", far_gain, (shapes.query_heads,))
+
+
 def check_choices(backend: str, chunk_size: int | None) -> None:
     """Check how the caller wants it computed."""
     expect(backend in backends.NAMES, "backend", f"one of {backends.NAMES}", repr(backend))

@@ -216,6 +216,8 @@ template <class T, bool near> struct Decoding {
   bool finish_near(Index row, Index query_head, Index at, const Reading<T>& reading, T* total) {
     constexpr T harmless = Exponential<T>::highest / 2;
     if (far) add_tail(row, at, reading.coefficients, total);
+    const T gain = far_gain(query_head);
+    for (Index i = 0; gain != 1 && i < s.columns * L; ++i) total[i] *= gain;
     T *last = total + (s.columns - 1) * L, top = exact.compare(row, q + at * d), factor = 1;
     const bool spoilt = top == -T(INFINITY) && exact.any();  // a query that is not finite makes NaN of its row
     if (fabs(top) < harmless && fabs(reading.log_factor) < harmless) {
@@ -235,11 +237,16 @@ template <class T, bool near> struct Decoding {
     if (s.safe >= 0) {
       const T seen = visible_weight(row);
       empty = seen == 0 && !exact.any();
-      bad |= !(z > T(s.safe) * seen * factor + T(s.near.safe) * weight && z < T(INFINITY)) && !empty;
+      bad |= !(z > T(s.safe) * seen * gain * factor + T(s.near.safe) * weight && z < T(INFINITY)) && !empty;
     }
     write_out(query_head, total, z, empty, bad);
     if (s.near.heavy.width) exact.note(row, top);
     return bad;
+  }
+
+  // By what far weights are multiplied.
+  T far_gain(Index query_head) const {
+    return s.far_gain ? T(exp(static_cast<const T*>(s.far_gain)[query_head % (s.heads * s.group)])) : T(1);
   }
 
   INLINE void write_out(Index query_head, const T* total, T z, bool empty, bool bad) const {

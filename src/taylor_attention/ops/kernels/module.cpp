@@ -186,6 +186,7 @@ PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
   s.position = numbers.integer();
   for (Strided* x : {&s.query, &s.key, &s.value}) x->data = numbers.pointer<const void>();
   s.visible = numbers.pointer<const std::uint8_t>(), s.gates.data = numbers.pointer<const void>();
+  s.far_gain = numbers.pointer<const void>();
   s.sums = numbers.pointer<const void>();
   s.tail_key = numbers.pointer<void>(), s.tail_value = numbers.pointer<void>();
   s.log_decay = numbers.pointer<double>(), s.tail_log_decay = numbers.pointer<double>();

@@ -102,6 +102,7 @@ struct Step {
   const std::uint8_t* visible;         // [batch] or null
   Index visible_stride;
   Gates gates;
+  const void* far_gain;                       // [heads x group], logarithms, or null; only with near tokens
   const void *coefficients, *weights, *sums;  // coefficients: ones where a fit has its own
   Fitting fitting;
   void *tail_key, *tail_value;         // [rows, d, width], [rows, E, width]
