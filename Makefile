@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt $(KERNELS)
 run: setup ## Show what the library does: constant time and memory per token on a real long text
 	@$(BIN)/taylor-attention demo
 
-bench: setup ## Measure attention on this machine beside softmax (about 25 minutes; results in runs/bench)
+bench: setup ## Measure attention on this machine beside softmax (half an hour; results in runs/bench)
 	@$(BIN)/taylor-attention bench
 
 # One process per core and one thread in each: tests of threads set their own number.

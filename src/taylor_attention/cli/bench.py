@@ -125,7 +125,7 @@ def bench(folder: str, resume: bool, quick: bool, as_json: bool, **asked: Any) -
     With a window, by turns with the method without it, softmax, and softmax over the window alone. Then a generate step
     of the shipped model and of its softmax twin, and what part of it is attention. Every result is checked before it is
     timed, those of attention against float64. Ends with tables, a line of JSON, and OUT/{results.jsonl, *.png}; about
-    25 minutes on two cores, or --quick.
+    half an hour on two cores, or --quick.
     """
     defaults, near = (QUICK, QUICK_NEAR) if quick else (FULL, FULL_NEAR)
     cases = _plan({name: asked.pop(name) for name in ("window", *_SHAPE)}, defaults, near)
