@@ -253,7 +253,7 @@ def test_a_gain_makes_no_normaliser_unsafe(way, gain):
 @GAINS
 @BOTH
 def test_a_gain_makes_no_normaliser_safe(way, gain):
-    with pytest.warns(NormaliserWarning, match="the normaliser of 1 queries"):
+    with pytest.warns(NormaliserWarning, match="the normaliser of some queries"):
         y = way(doubtful(5e-4, gain))
     assert y.isnan().flatten().tolist() == [False] * 20 + [True]
 
