@@ -17,7 +17,8 @@ from pathlib import Path
 
 from sources import ROOT, build, copy_sources, replace
 
-TESTS = ["tests/ops/test_kernels.py", "tests/ops/test_kernels_decode.py", "tests/ops/test_conformance.py"]
+NAMES = ("kernels", "kernels_decode", "near", "heavy", "reading", "conformance")
+TESTS = [f"tests/ops/test_{name}.py" for name in NAMES]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
 WIDE = """#include "standard.h"
 #pragma GCC push_options
@@ -58,7 +59,7 @@ def main() -> int:
             print(f"== {kind}, vectors of {width} bytes", flush=True)
             with tempfile.TemporaryDirectory() as folder:
                 environment = {**os.environ, **prepare(Path(folder) / "src", kind, width)}
-                command = [sys.executable, "-m", "pytest", *TESTS, "-q", "-k", "baseline", "-p", "no:cacheprovider"]
+                command = [sys.executable, "-m", "pytest", *TESTS, "-q", "-k", "cpu", "-p", "no:cacheprovider"]
                 if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
                     failed.append(f"{kind}, {width} bytes")
     print(f"failed: {'; '.join(failed) or 'none'}")

@@ -410,6 +410,46 @@ def test_an_odd_degree_reports_a_normaliser_that_is_not_safe(way):
 
 
 @EITHER
+@BOTH
+@pytest.mark.parametrize("offset", [-1000.0, 1000.0])
+def test_a_normaliser_that_is_not_safe_is_never_silent(way, offset):
+    """Nor where exp of the scores is nothing, or more than a number."""
+    with pytest.warns(NormaliserWarning, match="the normaliser of 1 queries"):
+        y = way(scored([offset + x for x in ALONE], degree=3))
+    assert y[0, 0].isnan().all(-1).tolist() == [False] * 20 + [True]
+
+
+@EITHER
+@BOTH
+@pytest.mark.parametrize("offset", [-1000.0, 1000.0])
+@pytest.mark.parametrize("reach", [(0, 0, 2), (0, 0, 3), (5, 2, 2), (5, 2, 3)], ids=name)
+def test_powers_that_cancel_are_reported_once(way, reach, offset):
+    """Of 1000^2 / 2 single precision has no units left."""
+    window, sinks, degree = reach
+    scores = offset + torch.linspace(-0.5, 0.5, LENGTH)
+    problem = scored(scores, torch.randn(LENGTH, 3), degree=degree, window=window, sinks=sinks).to(torch.float32)
+    with pytest.warns(NormaliserWarning) as caught:
+        y = way(problem)
+    lost = LENGTH - window - sinks
+    assert y[0, 0].isnan().all(-1).tolist() == [False] * (LENGTH - lost) + [True] * lost
+    found = [str(warning.message).split("normaliser of ")[1].split(" queries")[0] for warning in caught]
+    assert found == ([str(lost)] if way is one_call else ["1"] * lost)
+
+
+@EITHER
+@BOTH
+@pytest.mark.parametrize("reach", [(0, 0, 2), (0, 0, 3), (5, 2, 2)], ids=name)
+def test_hidden_queries_have_nothing_to_report(way, reach):
+    """What they ask for is more than the powers could tell, and warnings are errors."""
+    problem = problem_of("holes", reach, dtype=torch.float32)
+    hidden = ~problem.along["key_padding_mask"][:, None, :, None]
+    asking = replace(problem, query=problem.query.where(~hidden, 1e6))
+    y = way(asking)
+    assert torch.equal(y, way(problem))
+    assert torch.equal(y, y.masked_fill(hidden, 0))
+
+
+@EITHER
 def test_in_training_it_is_an_error():
     with pytest.raises(NormaliserError, match="1 queries"):
         scored(ALONE, degree=3).recorded().solve()

@@ -39,7 +39,10 @@ def decode_one_(
     u = torch.cat((v, v.new_ones(batch, heads, 1)), dim=-1)
     gate = None if log_decay is None else log_decay[..., 0].to(wide_dtype(state.device)).clamp(min=FULL_RESET)
     state.append_(k, u, gate, None if visible is None else visible[:, 0])
-    q = (query[:, :, 0].to(state.dtype) * state.scale).reshape(batch * heads, group, state.head_dim)  # [n, g, d]
+    q = query[:, :, 0].to(state.dtype) * state.scale
+    if visible is not None and fitted:
+        q = q.masked_fill(~visible[:, None], 0)  # a fit to hidden queries has nothing to report
+    q = q.reshape(batch * heads, group, state.head_dim)  # [n, g, d]
     gain = None if far_gain is None else far_gain.to(q.dtype).view(heads, group).repeat(batch, 1)  # [n, g]
     out, seen = _read_(q, state, coefficients, gain, fitted, None if visible is None else visible[:, 0])
     out, seen = out.reshape(batch, heads * group, 1, u.shape[-1]), seen.reshape(batch, heads * group, 1)

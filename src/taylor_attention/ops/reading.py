@@ -67,10 +67,10 @@ def fit(powers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     Returns:
         [..., E] and [...]; zeros where a query sees no far key; NaN where the powers, which are taken about zero,
-        cancel so far that rounding is left, and a warning.
+        cancel so far that rounding is left, and (of an even degree) a warning.
 
     Raises:
-        NormaliserError: there are such rows while gradients are being recorded.
+        NormaliserError: there are such rows, of an even degree, while gradients are being recorded.
     """
     degree = len(powers) - 1
     count = powers[0][..., -1]
@@ -88,7 +88,8 @@ def fit(powers: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         sizes = sum((c.abs() * each[..., -1].abs() for each, c in zip(powers, coefficients, strict=True)), none)
         lost = torch.finfo(out.dtype).eps * sizes > _LARGEST_SHARE_OF_ROUNDING * out[..., -1].abs()
-    report_unsafe(lost, out)
+    if degree % 2 == 0:  # an odd degree's normaliser is checked by who divides, and NaN is not safe
+        report_unsafe(lost, out)
     return torch.where(lost[..., None], torch.nan, out), mean + variance / 2
 
 
@@ -124,7 +125,7 @@ def join(near: Tensor, top: Tensor, far: Tensor, log_factor: Tensor) -> tuple[Te
         own = torch.where(near[..., -1] > 0, top + near[..., -1].log(), lowest)
         other = torch.where(far[..., -1] > 0, log_factor + far[..., -1].log(), lowest)
         largest = torch.maximum(own, other)
-        largest = torch.where(largest == -torch.inf, 0, largest)
+        largest = torch.where(largest == -torch.inf, log_factor, largest)
         by_near = (torch.where(near[..., -1] > 0, top, lowest) - largest).exp()
     by_far = (log_factor - largest).clamp(max=80).exp()  # beyond: a normaliser that is not positive, which is reported
     by_far = torch.where(far[..., -1] == 0, 0, by_far)

@@ -39,8 +39,10 @@ template <class T, bool near> struct Decoding {
         degree(layout.degree), stride(round_up(layout.features, 16) + L),
         together(whole_groups((Index(1) << 17) / (stride * Index(sizeof(T))), s.group)), q(together * d),
         features(together * stride), weights(s.width), totals(s.group * s.columns * L), exact(s),
-        fit(s.fitting, fitted ? degree : -1), powers(fitted ? (degree + 1) * L : 0), scores(fitted ? s.width : 0),
-        own(fitted ? s.group * (degree + 1) : 0), readings(fitted ? s.group : 0) {}
+        fit(s.fitting, fitted ? degree : -1), scores(fitted ? s.width : 0),
+        own(fitted ? s.group * (degree + 1) : 0), readings(s.group) {
+    for (Index i = 0; i < s.group; ++i) readings[i] = {static_cast<const T*>(s.coefficients), 0, false};
+  }
 
   // Heads answered together: whole groups, or else parts of one, so that no result depends on how rows are shared out.
   static Index whole_groups(Index heads, Index group) {
@@ -82,9 +84,11 @@ template <class T, bool near> struct Decoding {
       if (far) write(token, comes, d, s.columns, end);
       return;
     }
-    exact.release(row, at % window, now, far ? &end : nullptr);
-    exact.put(token, slots.ring, row, at % window, now);
-    if (slots.heavy.width) slots.received[row * window + at % window] = 0;
+    const Index place = at % window;
+    if (slots.heavy.width) exact.compete(row, place);
+    const double then = slots.ring.log_decay[row * window + place];
+    if (far) copy(exact.in(slots.ring, row, place), T(exp(now - then)), d, s.columns, end);
+    exact.put(token, slots.ring, row, place, now);
   }
 
   // Answer query heads first..last, counted over all rows; returns how many normalisers are unsafe.
@@ -109,8 +113,8 @@ template <class T, bool near> struct Decoding {
       if constexpr (near) exact.load_row(row, s.log_decay[row]);
       for (Index member = 0; i < stop; ++i, ++member) {
         T* total = totals + member * s.columns * L;
-        const Reading<T> reading = fitted ? readings[member] : Reading<T>{series(), 0, false};
-        unsafe += near ? finish_near(row, i, i - first, reading, total) : finish(row, i, i - first, reading, total);
+        unsafe += near ? finish_near(row, i, i - first, readings[member], total)
+                       : finish(row, i, i - first, readings[member], total);
       }
     }
     return unsafe;
@@ -137,15 +141,6 @@ template <class T, bool near> struct Decoding {
     }
   }
 
-  const T* series() const { return static_cast<const T*>(s.coefficients); }
-
-  // What the moments gave, faded since the tail began.
-  INLINE void fade(Index row, T* total, Index columns) const {
-    if (s.tail_log_decay[row] == 0) return;
-    const T faded = T(exp(s.tail_log_decay[row]));
-    for (Index i = 0; i < columns * L; ++i) total[i] *= faded;
-  }
-
   // The scores of a vector of the tail's tokens; its width is a multiple of every vector's.
   INLINE Vector<T> score_tail(const T* x, const T* keys) const {
     Vector<T> score = {};
@@ -156,7 +151,10 @@ template <class T, bool near> struct Decoding {
   INLINE void add_tail(Index row, Index at, const T* coefficients, T* total) {
     const Index length = s.position + 1;
     const T* keys = tail_keys(row);
-    fade(row, total, s.columns);
+    if (s.tail_log_decay[row] != 0) {
+      const T faded = T(exp(s.tail_log_decay[row]));
+      for (Index i = 0; i < s.columns * L; ++i) total[i] *= faded;
+    }
     for (Index t = 0; t < length; t += L) {
       const Vector<T> score = score_tail(q + at * d, keys + t);
       Vector<T> weight = broadcast(coefficients[degree]);
@@ -169,8 +167,7 @@ template <class T, bool near> struct Decoding {
   // Fit exp to a query's own scores, by the sums of their powers: the coefficients go into its monomials.
   void fit_to(Index row, Index at, Index member) {
     T *x = features + at * stride, *coefficients = own + member * (degree + 1);
-    add_powers(row, at, x);
-    for (Index p = 0; p <= degree; ++p) fit.powers[p] = sum<T>(load(powers + p * L));
+    add_up_powers(row, at, x);
     const bool lost = fit.solve(kEpsilon<T>);
     for (Index p = 0; p <= degree; ++p) {
       coefficients[p] = T(fit.coefficients[p]);
@@ -179,21 +176,18 @@ template <class T, bool near> struct Decoding {
     readings[member] = {coefficients, T(fit.log_factor), lost};
   }
 
-  // powers[p] = the sum of the p-th powers of a query's far scores, not reduced: the column of ones, degree by degree.
-  void add_powers(Index row, Index at, const T* x) {
+  // The sums of the powers of a query's far scores: what the columns of ones say of them, degree by degree.
+  void add_up_powers(Index row, Index at, const T* x) {
     const Index length = s.position + 1, *starts = layout.starts;
     const T *ones = sums(row) + (s.columns - 1) * layout.features, *keys = tail_keys(row);
-    const T* tail_ones = tail_values(row) + (s.columns - 1) * s.width;
-    fill(static_cast<T*>(powers), (degree + 1) * L, T(0));
-    for (Index p = 0; p <= degree; ++p)
-      add_dots<T>(ones + starts[p], 0, 1, x + starts[p], starts[p + 1] - starts[p], powers + p * L);
-    fade(row, powers, degree + 1);
+    const T *tail_ones = tail_values(row) + (s.columns - 1) * s.width, faded = T(exp(s.tail_log_decay[row]));
     for (Index t = 0; t < length; t += L) {
       store(scores + t, score_tail(q + at * d, keys + t));
       store(weights + t, broadcast(T(1)));
     }
     for (Index p = 0; p <= degree; ++p) {
-      add_dots<T>(tail_ones, 0, 1, weights, length, powers + p * L);
+      const T moments = dot(ones + starts[p], x + starts[p], starts[p + 1] - starts[p]);
+      fit.powers[p] = moments * faded + dot<T>(tail_ones, weights, length);
       for (Index t = 0; t < length; t += L) store(weights + t, load(weights + t) * load(scores + t));
     }
   }
@@ -269,7 +263,7 @@ template <class T, bool near> struct Decoding {
   Buffer<T> q, features, weights, totals;
   Exact<T> exact;
   Fit fit;
-  Buffer<T> powers, scores, own;  // own: coefficients of the fits [group, degree + 1]
+  Buffer<T> scores, own;  // own: coefficients of the fits [group, degree + 1]
   Buffer<Reading<T>> readings;
 };
 

@@ -79,6 +79,20 @@ template <class T> void add_dots(const T* rows, Index stride, Index columns, con
   });
 }
 
+template <class T> INLINE T dot(const T* a, const T* b, Index count) {
+  constexpr Index L = kLanes<T>;
+  Vector<T> left = {}, right = {};
+  Index i = 0;
+  for (; i + 2 * L <= count; i += 2 * L) {
+    left += load(a + i) * load(b + i);
+    right += load(a + i + L) * load(b + i + L);
+  }
+  for (; i + L <= count; i += L) left += load(a + i) * load(b + i);
+  T total = sum<T>(left + right);
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
 template <class T> INLINE T add_up(const T* x, Index count) {
   constexpr Index L = kLanes<T>;
   Vector<T> several = {};

@@ -29,6 +29,11 @@ template <class T> void copy(const Slot<T>& from, T faded, Index d, Index column
   for (Index e = 0; e < columns; ++e) to.value[e * to.width] = from.value[e * from.width] * faded;
 }
 
+template <class T> void swap(const Slot<T>& a, const Slot<T>& b, Index d, Index columns) {
+  for (Index c = 0; c < d; ++c) std::swap(a.key[c * a.width], b.key[c * b.width]);
+  for (Index e = 0; e < columns; ++e) std::swap(a.value[e * a.width], b.value[e * b.width]);
+}
+
 // to[t] = x . keys[:, t] + bias[t] for R vectors of slots.
 template <int R, class T>
 INLINE void score_tile(const T* x, Index d, const T* keys, Index width, const T* bias, T* to) {
@@ -106,33 +111,21 @@ template <class T> struct Exact {
     part.log_decay[row * part.width + at] = now;
   }
 
-  // The token in a slot of the ring leaves, to `end` if that is given: or a heavy one does, whose place it takes.
-  void release(Index row, Index at, double now, const Slot<T>* end) const {
-    const Slot<T> slot = in(near.ring, row, at);
-    const double then = near.ring.log_decay[row * near.ring.width + at];
-    const Index place = near.heavy.width ? compete(row, at, then) : -1;
-    if (place < 0) {
-      if (end) copy(slot, T(exp(now - then)), d, columns, *end);
-      return;
-    }
-    const Slot<T> loser = in(near.heavy, row, place);
-    double& since = near.heavy.log_decay[row * near.heavy.width + place];
-    if (end) copy(loser, T(exp(now - since)), d, columns, *end);
-    copy(slot, T(1), d, columns, loser);
-    since = then;
-  }
-
-  // The place that the token in a slot of the ring takes, the one of lowest priority (of equals the first), if its own
-  // is higher; -1: none. The same as one step of choose.h.
-  Index compete(Index row, Index at, double then) const {
-    double* held = near.priority + row * near.heavy.width;
-    const double priority = log(near.received[row * near.ring.width + at]) - then;
+  // The token in a slot of the ring is about to leave. It changes places with the heavy one of lowest priority (of equals
+  // the first), if its own is higher: then that one leaves. The same as one step of choose.h.
+  void compete(Index row, Index at) const {
+    const Slots &ring = near.ring, &heavy = near.heavy;
+    double &then = ring.log_decay[row * ring.width + at], &got = near.received[row * ring.width + at];
+    double *since = heavy.log_decay + row * heavy.width, *held = near.priority + row * heavy.width;
     Index lowest = 0;
-    for (Index i = 1; i < near.heavy.width; ++i)
+    for (Index i = 1; i < heavy.width; ++i)
       if (held[i] < held[lowest]) lowest = i;
-    if (!(priority > held[lowest]) || ones(near.ring, row)[at] == 0) return -1;
+    const double priority = log(got) - then;
+    got = 0;  // for the one that comes
+    if (!(priority > held[lowest]) || ones(ring, row)[at] == 0) return;
+    swap(in(ring, row, at), in(heavy, row, lowest), d, columns);
+    std::swap(then, since[lowest]);
     held[lowest] = priority;
-    return lowest;
   }
 
   // Add to what the ring's tokens have got: a query's weights among them, of which `weights` are multiples. Nothing where
@@ -143,8 +136,9 @@ template <class T> struct Exact {
     if (own < top) weigh(own);
     const T total = add_up<T>(weights, window);
     if (spoilt || !(total > 0 && total < T(INFINITY))) return;
+    const T* shares = weights;
     double* received = near.received + row * window;
-    for (Index t = 0; t < window; ++t) received[t] += weights[t] / total;
+    for (Index t = 0; t < window; ++t) received[t] += shares[t] / total;
   }
 
   // ---- what queries see ----------------------------------------------------------------------------------------------
@@ -167,11 +161,12 @@ template <class T> struct Exact {
 
   // Whether a key in the ring is not finite: queries that see it tell nothing of the others.
   bool is_spoilt(Index row) const {
-    const T *key = keys(near.ring, row), *broken = ones(near.ring, row);  // NaN where a key or a value is not finite
-    for (Index t = 0; t < near.ring.width; ++t)
-      if (isnan(broken[t]))
-        for (Index c = 0; c < d; ++c)
-          if (!isfinite(key[c * near.ring.width + t])) return true;
+    const T *key = keys(near.ring, row), *one = ones(near.ring, row);  // NaN where a key or a value is not finite
+    const Index window = near.ring.width;
+    if (!isnan(add_up<T>(one, window))) return false;
+    for (Index t = 0; t < window; ++t)
+      for (Index c = 0; c < d; ++c)
+        if (isnan(one[t]) && !isfinite(key[c * window + t])) return true;
     return false;
   }
 
