@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 KERNELS := $(wildcard src/taylor_attention/ops/kernels/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run bench test slow lint format clean
+.PHONY: help setup run bench test slow soak mutate lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,7 +35,14 @@ test: lint ## Lint, types and every test that is not slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8
 
 slow: setup ## The slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/reliability
+
+soak: setup ## Hundreds of kills and millions of tokens, then 10^8 tokens beside float64 (results in runs/soak)
+	$(BIN)/python -m pytest -m slow tests/reliability
+	$(BIN)/taylor-attention soak
+
+mutate: setup ## Break core lines one at a time and see that the tests notice
+	$(BIN)/python tests/mutate.py
 
 lint: setup ## Check style, formatting and types
 	$(BIN)/ruff check .
