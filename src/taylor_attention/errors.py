@@ -40,6 +40,11 @@ def expect(condition: bool, argument: str, expected: str, got: object) -> None:
         raise ArgumentError(f"{argument}: expected {expected}, got {got}")
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first: PyTorch's go on for many lines."""
+    return str(error).partition("\n")[0]
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional dependency, or raise `MissingDependencyError` naming the extra that installs it."""
     try:

@@ -1,4 +1,7 @@
+import copy
+import io
 import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -365,6 +368,60 @@ def test_a_state_that_forgot_everything_can_be_saved(tmp_path):
     state = replace(grown(), log_decay=torch.full((BATCH, HEADS), -math.inf, dtype=torch.float64))
     state.save(str(tmp_path / "state"))
     assert differences(State.load(str(tmp_path / "state")), state) == []
+
+
+def test_log_decay_of_a_device_without_float64_is_saved_as_it_is_loaded(tmp_path):
+    state = append(empty(), draw(WIDTH + 3), gated=True)
+    narrow = replace(state, log_decay=state.log_decay.float(), tail_log_decay=state.tail_log_decay.float())
+    narrow.save(tmp_path / "state")
+    assert differences(State.load(tmp_path / "state"), narrow.to(dtype=state.dtype)) == []
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "in a list": lambda state: copy.deepcopy([state, {}])[0],
+    "pickle": lambda state: pickle.loads(pickle.dumps(state)),
+    "torch.save": lambda state: torch.load(io.BytesIO(saved(state)), weights_only=False),
+}
+
+
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES.keys())
+@pytest.mark.parametrize("reach", [{}, {"window": 4, "sinks": 2, "heavy": 3}], ids=["far", "near"])
+@pytest.mark.parametrize("recorded", [False, True], ids=["plain", "with a history"])
+def test_a_copy_is_exact_and_independent(make, reach, recorded):
+    state = append(empty(**reach), draw(WIDTH + 3), gated=True)
+    original = state.clone()
+    if recorded:
+        state = replace(state, sums=state.sums.clone().requires_grad_() * 1)
+    copied = make(state).detach()
+    assert differences(copied, original) == []
+    more = draw(WIDTH, seed=2)
+    assert differences(append(copied, more, gated=True), append(original.clone(), more, gated=True)) == []
+    assert differences(state.detach(), original) == []
+
+
+def test_a_pickle_of_what_is_no_state_is_refused():
+    state = grown()
+    state.sums[0, 0, 0, 0] = math.nan
+    with pytest.raises(StorageError, match="sums: expected finite numbers, got NaN or infinity in sequences"):
+        pickle.loads(pickle.dumps(state))
+
+
+def test_a_pickle_is_not_loaded_as_weights():
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(io.BytesIO(saved(grown())), weights_only=True)
+
+
+# ---- tensors that do not fit together --------------------------------------------------------------------------------
 
 
 def altered_tensors(name, function):

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from taylor_attention.core.locks import locked
 from taylor_attention.core.storage import write_tensors
 from taylor_attention.errors import ArgumentError, StorageError
-from taylor_attention.lm.session import Session, locked, uninterrupted
+from taylor_attention.lm.session import Session, uninterrupted
 from taylor_attention.nn import LanguageModel, ModelConfig
 
 PROMPT = "Où est la mémoire constante ? ".encode() * 5  # 160 bytes
@@ -224,7 +225,7 @@ def test_uninterrupted_works_outside_the_main_thread():
 
 HOLD = """
 import sys
-from taylor_attention.lm.session import locked
+from taylor_attention.core.locks import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

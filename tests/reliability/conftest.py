@@ -1,12 +1,12 @@
-"""Which backend computes: a test asks for one by its row in a table of backends (see tests/kernels.py)."""
+"""What tests of reliability share: backends by their rows in a table, and one nursery of processes to kill."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-
 from kernels import selected
+from kills import Nursery
 
 
 @pytest.fixture
@@ -14,3 +14,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of a backend, given a row of a table of backends: "torch", "cpu", "cpu, avx2"."""
     with selected(request.param) as name:
         yield name
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Takes seconds to start."""
+    with Nursery() as nursery:
+        yield nursery

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import click
@@ -28,7 +32,8 @@ class Application(click.Group):
         """Run a command and exit: 0, 2 for bad input, 130 for Ctrl-C."""
         extra["standalone_mode"] = False
         try:
-            code = super().main(*args, **extra)
+            with ended_like_ctrl_c():
+                code = super().main(*args, **extra)
         except click.Abort:
             _fail("interrupted", INTERRUPTED)
         except click.ClickException as error:
@@ -36,6 +41,22 @@ class Application(click.Group):
         except TaylorAttentionError as error:
             _fail(str(error), BAD_INPUT)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP (a closed terminal) end the block as Ctrl-C does, which saves what is only in memory."""
+    main = threading.current_thread() is threading.main_thread()
+    before: dict[int, Any] = {}
+    for name in ("SIGTERM", "SIGHUP") if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler else ():
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            before[number] = signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(message: str, code: int) -> NoReturn:

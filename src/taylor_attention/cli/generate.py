@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
 
+from ..core.locks import locked
 from ..errors import ArgumentError
 from ..lm import generation
-from ..lm.session import Session, locked, uninterrupted
+from ..lm.session import Session, uninterrupted
 from ..lm.threads import thread_count
 from ..nn import LanguageModel
 from .console import emit_json, err, json_option, load, progress_bar, size
@@ -85,7 +85,7 @@ def _source(prompt: str | None, file: str | None, session: str | None) -> Iterat
         yield sys.stdin.buffer
     elif prompt is not None:
         yield io.BytesIO(os.fsencode(prompt))
-    elif session is not None and Path(session).exists():
+    elif session is not None and os.path.exists(session):
         yield None
     else:
         raise click.UsageError("PROMPT: expected a text, --file, or --session with an existing file, got none")
@@ -93,7 +93,7 @@ def _source(prompt: str | None, file: str | None, session: str | None) -> Iterat
 
 def _open(model: LanguageModel, path: str | None, seed: int | None) -> Session:
     """The session of an existing file, or a new one."""
-    if path is None or not Path(path).exists():
+    if path is None or not os.path.exists(path):
         return Session(model, seed=seed or 0)
     session = Session.load(path, model)
     if seed not in (None, session.seed):
@@ -111,10 +111,11 @@ class Run:
     written: int = 0
     seconds: float = 0.0
     interrupted: bool = False
+    failure: OSError | None = None
     text: list[str] = field(default_factory=list)
 
     def go(self, source: BinaryIO | None, tokens: int | None, threads: int, sampling: dict[str, Any]) -> None:
-        """Read the prompt, then write; Ctrl-C and a reader who has gone end it between two bytes."""
+        """Read the prompt, then write; Ctrl-C, a reader who has gone and a full disk end it between two bytes."""
         try:
             if source is not None:
                 self._read(source)
@@ -122,9 +123,6 @@ class Run:
                 self._write(tokens, sampling)
         except KeyboardInterrupt:
             self.interrupted = True
-        except BrokenPipeError:
-            # Python would complain about the same pipe once more when it flushes stdout at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _read(self, source: BinaryIO) -> None:
         total = _remaining(source)
@@ -140,21 +138,38 @@ class Run:
     def _write(self, tokens: int | None, sampling: dict[str, Any]) -> None:
         """Draw and show; a character is shown when its last byte is there, and a session keeps one that is not."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(self.session.unshown)
+        waiting, self.session.unshown = self.session.unshown, b""
+        self._pass_on(waiting, decoder)
         start = time.perf_counter()
-        while tokens is None or self.written < tokens:
-            with uninterrupted():  # a byte that is in the session is on the screen
+        while self.failure is None and (tokens is None or self.written < tokens):
+            with uninterrupted():  # a byte that is in the session is on the screen, or waits to be shown
                 byte = self.session.step(**sampling)
                 self.written += 1
-                self._show(decoder.decode(bytes([byte])))
-                self.session.unshown = decoder.getstate()[0]
+                self._pass_on(bytes([byte]), decoder)
             self.seconds = time.perf_counter() - start
+
+    def _pass_on(self, drawn: bytes, decoder: codecs.IncrementalDecoder) -> None:
+        self.session.unshown += drawn
+        self._show(decoder.decode(drawn))
+        if self.failure is None:
+            self.session.unshown = decoder.getstate()[0]
 
     def _show(self, text: str) -> None:
         if self.quiet:
             self.text.append(text)
         elif text:
-            click.echo(text, nl=False)
+            with self._output():
+                click.echo(text, nl=False)
+
+    @contextlib.contextmanager
+    def _output(self) -> Iterator[None]:
+        """Note that nothing more can be shown, so that the session is saved before that is told."""
+        try:
+            yield
+        except OSError as error:
+            self.failure = error
+            # Python would complain about the same stream once more when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self, path: str | None, model: str) -> None:
         """Save the session, and say how it went."""
@@ -165,12 +180,17 @@ class Run:
             with uninterrupted():
                 session.save(path)
         each = 1000 * self.seconds / max(self.written, 1)
+        saved = f"; saved in {path}" if path is not None and session.tokens else ""
         if self.quiet:
-            return self._emit(path, model, each)
+            with self._output():
+                self._emit(path, model, each)
+        if self.failure is not None and not isinstance(self.failure, BrokenPipeError):
+            raise click.ClickException(f"the text cannot be written ({self.failure.strerror}){saved}")
+        if self.quiet:
+            return
         if sys.stdout.isatty():
             click.echo()
         ended = "stopped after" if self.interrupted else "wrote"
-        saved = f"; saved in {path}" if path is not None and session.tokens else ""
         context = f"context {session.tokens:,} bytes in {size(session.nbytes)}"
         err().print(
             f"{ended} {self.written:,} bytes, {each:.2f} ms each; {context}{saved}", markup=False, soft_wrap=True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expect
+from .values import check_finite, check_log_decay
 
 _TENSORS = {  # whose slots there are, and what stands in them
     "key": ("window", "key"),
@@ -230,6 +231,18 @@ class Near:
             expect(tensor.shape == shape, _PREFIX + name, f"shape {shape}", tuple(tensor.shape))
             dtype = wide if kind == "number" else sums.dtype
             expect(tensor.dtype == dtype, _PREFIX + name, str(dtype), tensor.dtype)
+
+    def check_values(self) -> None:
+        """Raise `ValueError` for values that attention never leaves here."""
+        for name, (_, kind) in _TENSORS.items():
+            tensor = getattr(self, name)
+            if kind != "number":
+                check_finite(_PREFIX + name, tensor)
+            elif name.endswith("log_decay"):
+                check_log_decay(_PREFIX + name, tensor)
+        check_finite(_PREFIX + "received", self.received)
+        expect(bool((self.received >= 0).all()), _PREFIX + "received", "numbers >= 0", "others")
+        expect(not bool(self.heavy_priority.isnan().any()), _PREFIX + "heavy_priority", "no NaN", "NaN")
 
 
 def _pick(tokens: Tokens, places: Tensor) -> Tokens:

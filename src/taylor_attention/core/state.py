@@ -24,11 +24,15 @@ from .moments import accumulate_, add_compensated, add_compensated_
 from .near import Near, Tokens
 from .ranges import find_excess, find_token_excess
 from .storage import read_tensors, write_tensors
+from .values import check_finite, check_log_decay
 
 KIND = "state"
 
 MAX_STATE_BYTES = 4 * 2**30
 """States above this many bytes are refused unless the caller allows more."""
+
+_MAX_SIZE = 2**16  # of a head, a value, a degree: files with larger ones are refused before anything is made of them
+_MAX_TOKENS = 2**62  # so that counting on never overflows
 
 _TENSORS = ("sums", "compensation", "tokens", "log_decay", "tail_key", "tail_value", "tail_log_decay")
 _OWN_DTYPE = ("tokens", "log_decay", "tail_log_decay")  # whatever the dtype of the moments
@@ -242,6 +246,12 @@ class State:
         return self.sums.device
 
     @property
+    def layout(self) -> dict[str, object]:
+        """What a state must have in common with the layer, or the state, that goes on with it."""
+        names = ("kv_heads", "head_dim", "value_dim", "degree", "window", "sinks", "heavy", "scale", "dtype")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated: the same for any number of tokens."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
@@ -345,10 +355,7 @@ class State:
                 those of `later` were not chosen among all; or their moments together are too large.
         """
         expect(isinstance(later, State), "later", "a State", type(later).__name__)
-        for name in ("batch_size", "kv_heads", "head_dim", "value_dim", "degree", "window", "sinks", "heavy", "scale"):
-            mine, other = getattr(self, name), getattr(later, name)
-            expect(mine == other, "later", f"a state of {name} {mine}", other)
-        for name in ("dtype", "device"):
+        for name in ("batch_size", *self.layout, "device"):
             mine, other = getattr(self, name), getattr(later, name)
             expect(mine == other, "later", f"a state of {name} {mine}", other)
         chosen = self.sinks + self.heavy
@@ -446,7 +453,7 @@ class State:
         """The state that gave these `tensors()` and this `metadata()`.
 
         Raises:
-            StorageError: they do not fit together.
+            StorageError: they do not fit together, or hold what no state can: NaN, for one.
         """
         try:
             degree = None if metadata["degree"] == "None" else int(metadata["degree"])
@@ -454,7 +461,8 @@ class State:
             own, near = {name: tensors[name] for name in _TENSORS}, Near.from_tensors(tensors)
             state = cls(**own, tail_length=tail_length, degree=degree, scale=scale, near=near)
             state._check_layout()
-        except (KeyError, ValueError, OverflowError, IndexError) as error:
+            state._check_values()
+        except (KeyError, ValueError, OverflowError, IndexError, TypeError) as error:
             raise StorageError(f"state: expected the tensors and metadata of a State, got {error}") from error
         return state
 
@@ -462,6 +470,9 @@ class State:
         """Raise `ValueError` unless shapes and types are those of a state of this degree."""
         batch, heads, columns, features = self.sums.shape
         head_dim, width = self.head_dim, self.tail_key.shape[3]
+        sizes = {"heads": heads, "head_dim": head_dim, "value_dim": columns - 1, "degree + 1": (self.degree or 0) + 1}
+        for name, size in sizes.items():
+            expect(1 <= size <= _MAX_SIZE, name, f"1..{_MAX_SIZE}", size)
         shapes = {
             "compensation": (batch, heads, columns, features),
             "tokens": (batch,),
@@ -481,26 +492,59 @@ class State:
             expect(
                 getattr(self, name).dtype == wanted.get(name, self.dtype), name, "its dtype", getattr(self, name).dtype
             )
-        expect(bool((self.tokens >= 0).all()), "tokens", "counts >= 0", self.tokens.tolist())
         expect(0 <= self.tail_length <= width, "tail_length", f"0..{width}", self.tail_length)
         expect(isfinite(self.scale), "scale", "a finite number", self.scale)
         if self.near is not None:
             self.near.check_layout(self.sums, head_dim, wide)
 
+    def _check_values(self) -> None:
+        """Raise `ValueError` for values that attention never leaves in a state."""
+        counts = bool(((self.tokens >= 0) & (self.tokens <= _MAX_TOKENS)).all())
+        expect(counts, "tokens", f"counts from 0 to {_MAX_TOKENS}", self.tokens.tolist())
+        for name in ("sums", "compensation", "tail_key", "tail_value"):
+            check_finite(name, getattr(self, name))
+        for name in ("log_decay", "tail_log_decay"):
+            check_log_decay(name, getattr(self, name))
+        for name in ("tail_key", "tail_value"):  # kernels read whole vectors of them
+            unused = getattr(self, name)[..., self.tail_length :]
+            expect(not bool(unused.any()), name, f"zeros after its {self.tail_length} tokens", "others")
+        if self.near is not None:
+            self.near.check_values()
+
+    def __copy__(self) -> State:
+        """As `clone`: two states that shared tensors, each with its own `tail_length`, would spoil each other."""
+        return self.clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        """As `clone`, so that a state with a gradient history can be copied too."""
+        return self.clone()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is its tensors and text, without a gradient history; unpickled, they are checked as a file is."""
+        return State.from_tensors, (self.detach().tensors(), self.metadata())
+
     def save(self, path: str | Path) -> None:
         """Write the state to a file, replacing it atomically (needs safetensors).
 
         Raises:
-            StorageError: the file cannot be written; what stood there before still stands.
+            StorageError: the file cannot be written, or the state holds what `load` would refuse, as NaN; what stood
+                there before still stands.
         """
-        write_tensors(path, self.tensors(), kind=KIND, metadata=self.metadata())
+        state = self.detach().to("cpu")
+        tensors, metadata = state.tensors(), state.metadata()
+        State.from_tensors(tensors, metadata)  # refuses what could not be read again
+        write_tensors(path, tensors, kind=KIND, metadata=metadata)
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str | None = None) -> State:
         """Read a state that `save` wrote.
 
         Raises:
-            StorageError: the file is missing, damaged, of another kind or of another layout version.
+            StorageError: the file is missing, damaged, of another kind or of another layout version, or holds no state.
         """
-        state = State.from_tensors(*read_tensors(path, kind=KIND))
+        tensors, metadata = read_tensors(path, kind=KIND)
+        try:
+            state = State.from_tensors(tensors, metadata)
+        except StorageError as error:
+            raise StorageError(f"{path}: {error}") from error
         return state if device is None else state.to(device)

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from ..core.storage import read_tensors, write_tensors
 from ..errors import ArgumentError, StorageError, expect
+from ..nn.layer import resolve_sizes
 from ..nn.transformer import LanguageModel, ModelConfig
 
 KIND = "model"
 """Kind of a model file, as `core.storage` keeps it."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 SHIPPED = ("taylor", "softmax")
 """Names of the shipped twins, trained with the same budget."""
@@ -59,15 +62,27 @@ def load_checkpoint(
     tensors, metadata = read_tensors(path, kind=KIND)
     try:
         config = ModelConfig.from_dict(json.loads(metadata.pop("config")))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        _check_size(config, tensors)
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise StorageError(f"{path}: expected a model configuration, got {error}") from error
     model = LanguageModel(config)
-    load_weights(model, tensors, path)
+    check_weights(model, tensors, path)
+    model.load_state_dict(tensors)
     return model.to(device=device).eval(), metadata
 
 
-def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Copy weights into a model, all of them finite and of its shapes, or raise StorageError and change nothing."""
+def _check_size(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` for a configuration of more than what is there, before a model is made that memory lacks."""
+    heads, width, key_dim, value_dim = config.num_heads, config.d_model, config.head_dim, config.value_dim
+    kv_heads, key_dim, value_dim = resolve_sizes(width, heads, config.num_kv_heads, key_dim, value_dim, config.rope)
+    block = width * ((heads + kv_heads) * (key_dim + value_dim) + 2 * int(config.mlp_ratio * width))
+    matrices = config.vocab_size * width + config.num_layers * block
+    there = sum(tensor.numel() for tensor in tensors.values())
+    expect(matrices <= there, "configuration", f"a model of at most {there:,} numbers", f"one of {matrices:,}")
+
+
+def check_weights(model: LanguageModel, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise StorageError unless these are the model's weights: all of them, of its shapes, finite."""
     own = model.state_dict()
     if own.keys() != tensors.keys():
         differing = sorted(own.keys() ^ tensors.keys())
@@ -75,9 +90,10 @@ def load_weights(model: LanguageModel, tensors: Mapping[str, Tensor], path: str 
     for name, weight in tensors.items():
         if weight.shape != own[name].shape:
             raise StorageError(f"{path}: {name}: expected shape {tuple(own[name].shape)}, got {tuple(weight.shape)}")
-        if not weight.is_floating_point() or not bool(weight.isfinite().all()):
+        if weight.dtype not in _DTYPES:
+            raise StorageError(f"{path}: {name}: expected floating-point numbers, got {weight.dtype}")
+        if not bool(weight.isfinite().all()):
             raise StorageError(f"{path}: {name}: expected finite numbers, got others")
-    model.load_state_dict(dict(tensors))
 
 
 def shipped(name: str) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.storage import read_tensors, write_tensors
 from ..errors import StorageError
 from ..nn.transformer import LanguageModel
-from .checkpoint import load_weights
+from .checkpoint import check_weights
 
 KIND = "training"
 """Kind of the file, as `core.storage` keeps it."""
@@ -40,11 +40,21 @@ def read_position(path: Path, model: LanguageModel, optimizer: torch.optim.AdamW
     for full_name, tensor in read_tensors(path, kind=KIND)[0].items():
         group, _, name = full_name.partition("/")
         groups.setdefault(group, {})[name] = tensor
+    check_weights(model, groups["model"], path)
     parameters = dict(model.named_parameters())
     for key in _KEPT:
-        fits = groups[key].keys() == parameters.keys()
-        if not fits or any(value.shape not in ((), parameters[name].shape) for name, value in groups[key].items()):
-            raise StorageError(f"{path}: expected {key} of every weight, in its shape, got something else")
-    load_weights(model, groups["model"], path)
+        if groups[key].keys() != parameters.keys() or not all(
+            _fits(key, kept, parameters[name]) for name, kept in groups[key].items()
+        ):
+            raise StorageError(f"{path}: expected {key} of every weight, in its shape and finite, got something else")
+    model.load_state_dict(groups["model"])
     for name, parameter in parameters.items():
         optimizer.state[parameter] = {key: groups[key][name] for key in _KEPT}
+
+
+def _fits(key: str, kept: Tensor, parameter: Tensor) -> bool:
+    """Whether AdamW may take it up; its kernels do not ask."""
+    shape, dtype = (torch.Size(), torch.float32) if key == "step" else (parameter.shape, parameter.dtype)
+    if kept.shape != shape or kept.dtype != dtype or not bool(kept.isfinite().all()):
+        return False
+    return key == "exp_avg" or bool((kept >= 0).all())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..core.storage import read_tensors, write_tensors
-from ..errors import StorageError, expect
+from ..core.values import check_finite
+from ..errors import StorageError, expect, first_line
 from ..nn import LanguageModel
 from .checkpoint import fingerprint
 from .generation import BLOCK, advance, prefill
@@ -95,15 +95,18 @@ class Session:
         """Write everything to a file, replacing it atomically.
 
         Raises:
-            StorageError: the file cannot be written; what stood there before still stands.
+            StorageError: the file cannot be written, or the session holds what `load` would refuse, as NaN; what stood
+                there before still stands.
         """
         tensors = {"generator": self.generator.get_state()}
         if self.logits is not None:
             tensors["logits"] = self.logits
-        metadata = {"model": fingerprint(self.model), "seed": str(self.seed), "unshown": self.unshown.hex()}
+        mark = fingerprint(self.model)
+        metadata = {"model": mark, "seed": str(self.seed), "unshown": self.unshown.hex()}
         for layer, state in enumerate(self.states):
             tensors |= {f"{layer}.{name}": tensor for name, tensor in state.tensors().items()}
             metadata[f"{layer}"] = json.dumps(state.metadata())
+        self._restore(path, self.model, mark, tensors, metadata)  # refuses what could not be read again
         write_tensors(path, tensors, kind=KIND, metadata=metadata)
 
     @classmethod
@@ -113,19 +116,36 @@ class Session:
         Raises:
             StorageError: the file is missing, damaged or no session, or it was made with another model.
         """
-        tensors, metadata = read_tensors(path, kind=KIND)
+        return cls._restore(path, model, fingerprint(model), *read_tensors(path, kind=KIND))
+
+    @classmethod
+    def _restore(
+        cls, path: str | Path, model: LanguageModel, mark: str, tensors: dict[str, Tensor], metadata: dict[str, str]
+    ) -> Session:
+        """The session of the model of this fingerprint that the tensors and the text describe, or StorageError."""
         try:
-            if metadata["model"] != fingerprint(model):
-                raise StorageError(f"{path}: a session of another model; load it with the model that made it")
+            expect(metadata["model"] == mark, "model", "the one that made the session", "another model")
             session = cls(model, seed=int(metadata["seed"]))
             session.generator.set_state(tensors["generator"])
-            session.logits = tensors.get("logits")
             session.unshown = bytes.fromhex(metadata["unshown"])
             layers = [_layer(layer, tensors, metadata) for layer in range(len(session.states))]
-            session.states = model.states_from_tensors(layers)
+            session.states, session.logits = model.states_from_tensors(layers), tensors.get("logits")
+            session._check()
         except KeyError as error:
             raise StorageError(f"{path}: no whole session: it lacks {error}") from error
+        except (StorageError, ValueError, TypeError, RuntimeError) as error:  # RuntimeError: PyTorch's on generators
+            raise StorageError(f"{path}: no session to go on with: {first_line(error)}") from error
         return session
+
+    def _check(self) -> None:
+        """Raise `ValueError` unless the states and the logits are of one and the same text."""
+        at = [state.tokens.tolist() for state in self.states]
+        expect(len(at[0]) == 1 and at == at[:1] * len(at), "states", "one text, at one place in all layers", at)
+        expect((self.logits is None) == (at[0] == [0]), "logits", "those after the last byte read, if any was", at[0])
+        if self.logits is not None:
+            wanted, got = (self.model.embedding.weight.dtype, (1, 256)), (self.logits.dtype, tuple(self.logits.shape))
+            expect(got == wanted, "logits", f"{wanted}", got)
+            check_finite("logits", self.logits)
 
 
 def _layer(
@@ -155,47 +175,3 @@ def uninterrupted() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
     if came and callable(previous):
         previous(signal.SIGINT, None)
-
-
-@contextlib.contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """Keep a session's file to this process while the block runs, by a lock on `<file>.lock` beside it.
-
-    The lock belongs to the process, so it never outlives a crash. Where the system has no such locks (Windows) nothing
-    is locked.
-
-    Raises:
-        StorageError: another process holds the session, or the folder cannot be written.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    side = Path(f"{path}.lock")
-    while True:
-        try:
-            file = side.open("w")
-        except OSError as error:
-            raise StorageError(f"{path}: cannot be locked ({error.strerror})") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.close()
-            raise StorageError(f"{path}: in use by another process") from error
-        if _same_file(file.fileno(), side):
-            break
-        file.close()  # its owner removed it between our opening and our locking
-    with file:
-        try:
-            yield
-        finally:
-            side.unlink(missing_ok=True)
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one that stands at this path."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

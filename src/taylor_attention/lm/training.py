@@ -6,7 +6,6 @@ rates come from the step's number. So on one thread, a run that was stopped and 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -18,22 +17,22 @@ from typing import Any
 
 import torch
 
-from ..core.storage import write_text
+from ..core.locks import locked
+from ..core.storage import read_tensors, write_text
 from ..errors import StorageError, TaylorAttentionError, expect
 from ..nn.transformer import LanguageModel
+from .checkpoint import KIND as MODEL_KIND
 from .checkpoint import save_checkpoint
 from .data import load_split, sample_batch, to_tensor
 from .evaluation import Evaluation, evaluate, next_byte_loss
+from .log import LOG, Log
 from .resume import read_metadata, read_position, write_position
 from .settings import TrainingConfig, learning_rate
 from .threads import thread_count
 
 __all__ = ["Evaluation", "Progress", "TrainingConfig", "TrainingDivergedError", "evaluate", "saved_config", "train"]
 
-_FILE = "training.safetensors"
-
-COLUMNS = ("step", "tokens", "learning_rate", "train_loss", "gradient_norm", "validation_loss", "seconds")
-"""Columns of log.csv; losses in nats per byte, validation_loss empty where it was not measured."""
+_FILE, _MODEL = "training.safetensors", "model.safetensors"
 
 _MAY_CHANGE = {"out", "threads", "eval_interval", "eval_windows", "checkpoint_interval"}
 """Settings that a resumed run may change, as they do not change the weights."""
@@ -72,21 +71,24 @@ def train(
 
     Raises:
         ArgumentError: the data, or the folder: it holds a run already, or none to resume, or one with other settings.
-        StorageError: a file cannot be written, or the checkpoint cannot be trusted.
+        StorageError: a file cannot be written, the checkpoint cannot be trusted, or another process trains there.
         TrainingDivergedError: the loss or its gradient is not finite; the last checkpoint stands.
     """
     with thread_count(config.threads):
         run = _Run(config)
-        run.resume() if resume else run.begin()
-        with open(run.folder / "log.csv", "a", newline="", buffering=1, encoding="utf-8") as log:
-            while run.step < config.steps:
-                report = run.advance()
-                csv.writer(log).writerow(report.row)
-                if report.progress.saved:  # after its row, so that the log never lags behind the checkpoint
-                    run.save(report.progress.validation_loss)
-                if progress is not None:
-                    _tell(progress, report.progress, run)
-        return run.summarise()
+        run.find_folder(resume)
+        with locked(run.folder / _FILE):
+            run.resume() if resume else run.begin()
+            with Log(run.folder / LOG, run.step) as log:
+                while run.step < config.steps:
+                    report = run.advance()
+                    log.append(report.row)
+                    if report.progress.saved:
+                        log.sync()  # so that the log never lags behind the checkpoint
+                        run.save(report.progress.validation_loss)
+                    if progress is not None:
+                        _tell(progress, report.progress, run, log)
+            return run.summarise()
 
 
 def saved_config(out: str | Path) -> TrainingConfig:
@@ -111,7 +113,7 @@ class _Report:
 
     @property
     def row(self) -> list[Any]:
-        """The values of `COLUMNS`; floats are written so that they read back exactly."""
+        """The values of `log.COLUMNS`; floats are written so that they read back exactly."""
         at = self.progress
         validation = "" if at.validation_loss is None else at.validation_loss
         return [
@@ -138,25 +140,31 @@ class _Run:
         self.step = 0
         self.seconds = 0.0
 
-    def begin(self) -> None:
-        """Claim the folder for a new run."""
-        existing = self.folder / _FILE
-        expect(not existing.exists(), "out", "a folder without a run, or resume", f"{self.folder}, which holds one")
+    def find_folder(self, resume: bool) -> None:
+        """Make the folder of a new run, or expect the run that is to be resumed."""
+        if resume:
+            expect((self.folder / _FILE).exists(), "resume", "a folder that holds a run", self.folder)
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be made ({error.strerror})") from error
-        write_text(self.folder / "log.csv", ",".join(COLUMNS) + "\n")
+
+    def begin(self) -> None:
+        """Expect that nothing here would be replaced but the log of a run that had no checkpoint yet."""
+        for name in (_FILE, _MODEL):
+            free = not (self.folder / name).exists()
+            expect(free, "out", "a folder without a run, or resume", f"{self.folder}, which holds {name}")
 
     def resume(self) -> None:
-        """Take up the weights, the optimiser's state and the position of the last checkpoint; cut the log to it."""
+        """Take up the weights, the optimiser's state and the position of the last checkpoint."""
         path = self.folder / _FILE
-        expect(path.exists(), "resume", "a folder that holds a run", self.folder)
         metadata = read_metadata(path)
         self._check_settings(path, metadata)
         read_position(path, self.model, self.optimizer)
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
-        self._cut_log()
+        if self._saved_model_step() != metadata["step"]:  # the run was killed between its two files
+            self._save_model(metadata.get("validation_loss"))
 
     def advance(self) -> _Report:
         """Take one step."""
@@ -191,12 +199,22 @@ class _Run:
         """Replace both files: the one to resume from, then the one to use."""
         settings = json.dumps(self.config.to_dict(), sort_keys=True)
         position = {"step": str(self.step), "seconds": repr(self.seconds)}
-        metadata = {**position, "settings": settings, "data": self.data_digest}
-        write_position(self.folder / _FILE, self.model, self.optimizer, metadata)
         measured = {} if validation_loss is None else {"validation_loss": repr(validation_loss)}
+        metadata = {**position, **measured, "settings": settings, "data": self.data_digest}
+        write_position(self.folder / _FILE, self.model, self.optimizer, metadata)
+        self._save_model(measured.get("validation_loss"))
+
+    def _save_model(self, validation_loss: str | None) -> None:
+        measured = {} if validation_loss is None else {"validation_loss": validation_loss}
         shared = {name: value for name, value in self.config.to_dict().items() if name != "out"}  # of no use elsewhere
         described = {"step": str(self.step), "training": json.dumps(shared, sort_keys=True), **measured}
-        save_checkpoint(self.folder / "model.safetensors", self.model, metadata=described)
+        save_checkpoint(self.folder / _MODEL, self.model, metadata=described)
+
+    def _saved_model_step(self) -> str | None:
+        try:
+            return read_tensors(self.folder / _MODEL, kind=MODEL_KIND)[1].get("step")
+        except StorageError:
+            return None
 
     def summarise(self) -> dict[str, Any]:
         """Write and return the summary, with the loss on all of the validation text."""
@@ -228,7 +246,8 @@ class _Run:
     def _check_settings(self, path: Path, metadata: Mapping[str, str]) -> None:
         try:
             before = dict(json.loads(metadata["settings"]))
-            self._expect_position(metadata)
+            if not (1 <= int(metadata["step"]) <= before["steps"] and 0 <= float(metadata["seconds"]) < math.inf):
+                raise ValueError(f"step {metadata['step']} after {metadata['seconds']} seconds")
         except (KeyError, ValueError, TypeError) as error:
             raise StorageError(f"{path}: expected the settings and position of a run, got {error}") from error
         for name, now in self.config.to_dict().items():
@@ -236,19 +255,6 @@ class _Run:
                 expect(before.get(name) == now, name, f"{before.get(name)}, as the run to resume has it", now)
         same = metadata.get("data") == self.data_digest
         expect(same, "data", "the text that the run to resume began with", "another text")
-
-    @staticmethod
-    def _expect_position(metadata: Mapping[str, str]) -> None:
-        if int(metadata["step"]) < 1 or not float(metadata["seconds"]) >= 0:
-            raise ValueError("a negative position")
-
-    def _cut_log(self) -> None:
-        """Drop the rows of steps after the checkpoint, which will be taken again."""
-        path = self.folder / "log.csv"
-        text = path.read_text(encoding="utf-8") if path.exists() else ",".join(COLUMNS) + "\n"
-        header, *rows = text.splitlines()
-        kept = [row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= self.step]
-        write_text(path, "\n".join([header, *kept]) + "\n")
 
 
 def _optimizer(model: LanguageModel, config: TrainingConfig) -> torch.optim.AdamW:
@@ -264,9 +270,10 @@ def _optimizer(model: LanguageModel, config: TrainingConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def _tell(progress: Callable[[Progress], None], news: Progress, run: _Run) -> None:
+def _tell(progress: Callable[[Progress], None], news: Progress, run: _Run, log: Log) -> None:
     try:
         progress(news)
     except KeyboardInterrupt:
+        log.sync()
         run.save(news.validation_loss)
         raise

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import StorageError, expect
+from ..core.values import check_finite, check_log_decay
+from ..errors import ArgumentError, StorageError, expect
 
 _FIRST_CAPACITY = 64
 _TYPE = "key-value-cache"
@@ -98,6 +99,12 @@ class KeyValueCache:
         return self.value_buffer.shape[3]
 
     @property
+    def layout(self) -> dict[str, object]:
+        """What a cache must have in common with the layer that goes on with it."""
+        sizes = {name: getattr(self, name) for name in ("kv_heads", "head_dim", "value_dim")}
+        return {**sizes, "dtype": self.key_buffer.dtype, "decay": self.decay_buffer is not None}
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, spare capacity included."""
         return sum(tensor.nbytes for tensor in self._all().values())
@@ -169,7 +176,7 @@ class KeyValueCache:
         """The cache that `tensors` and `metadata` describe.
 
         Raises:
-            StorageError: something is missing, or the tensors do not fit each other.
+            StorageError: something is missing, the tensors do not fit each other, or they hold what no cache can: NaN.
         """
         if metadata.get("type") != _TYPE:
             raise StorageError(f"type: expected {_TYPE!r}, got {metadata.get('type')!r}")
@@ -178,6 +185,10 @@ class KeyValueCache:
             raise StorageError(f"tensors of a key/value cache: expected {sorted(missing)} too, got {sorted(tensors)}")
         decay = tensors.get("cumulative_decay")
         _check_fit(tensors)
+        try:
+            _check_values(tensors)
+        except ArgumentError as error:
+            raise StorageError(f"tensors of a key/value cache: {error}") from error
         attended = tensors["attended"]
         return KeyValueCache(
             tokens=tensors["tokens"].clone(),  # counted up in place; the other buffers are replaced before a write
@@ -237,3 +248,17 @@ def _check_fit(tensors: Mapping[str, Tensor]) -> None:
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
             raise StorageError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensors[name].shape)}")
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    keys, attended, tokens = tensors["keys"], tensors["attended"], tensors["tokens"]
+    dtypes = {"tokens": torch.int64, "attended": torch.bool, "values": keys.dtype, "cumulative_decay": torch.float64}
+    for name, dtype in dtypes.items():
+        if name in tensors:
+            expect(tensors[name].dtype == dtype, name, str(dtype), tensors[name].dtype)
+    expect(keys.is_floating_point(), "keys", "a floating-point tensor", keys.dtype)
+    for name in ("keys", "values"):
+        check_finite(name, tensors[name])
+    if "cumulative_decay" in tensors:
+        check_log_decay("cumulative_decay", tensors["cumulative_decay"])
+    expect(bool((tokens == attended.sum(-1)).all()), "tokens", "as many as are attended to", tokens.tolist())

@@ -190,10 +190,20 @@ class LanguageModel(nn.Module):
         return [block.attention.new_state(batch_size, device=device, dtype=dtype) for block in self._layers()]
 
     def states_from_tensors(self, stored: Sequence[tuple[Mapping[str, Tensor], Mapping[str, str]]]) -> list[Any]:
-        """States of this model's kind from what their `tensors()` and `metadata()` gave, one pair per layer."""
+        """States of this model's kind from what their `tensors()` and `metadata()` gave, one pair per layer.
+
+        Raises:
+            StorageError: they are no states.
+            ArgumentError: they are those of another model.
+        """
         expect(len(stored) == len(self.blocks), "states", f"{len(self.blocks)} of them, one per layer", len(stored))
         kind = KeyValueCache if self.config.attention == "softmax" else State
-        return [kind.from_tensors(dict(tensors), dict(metadata)) for tensors, metadata in stored]
+        states = [kind.from_tensors(dict(tensors), dict(metadata)) for tensors, metadata in stored]
+        for layer, (state, own) in enumerate(zip(states, self.new_states(0), strict=True)):
+            for name, wanted in own.layout.items():
+                got = state.layout[name]
+                expect(got == wanted, f"state of layer {layer}", f"{name} {wanted}, as this model has it", got)
+        return states
 
     def _check(self, tokens: Tensor, states: Sequence[Any] | None) -> None:
         expect(tokens.ndim == 2, "tokens", "shape [B, T]", tuple(tokens.shape))
