@@ -5,7 +5,7 @@ import torch
 
 from taylor_attention.core import moments
 from taylor_attention.core.basis import expand, feature_count
-from taylor_attention.core.moments import RunningMoments, accumulate_, add_compensated, read, read_slope
+from taylor_attention.core.moments import RunningMoments, accumulate_, add_compensated, fade, read, read_slope
 from tolerances import TOLERANCE, relative_error
 
 EXACT = TOLERANCE[torch.float64]
@@ -117,6 +117,29 @@ def test_a_compensated_sum_passes_gradients_to_both():
     assert [grad.tolist() for grad in grads] == [[2.0] * 5, [2.0] * 5]
 
 
+@pytest.mark.parametrize("loss", [1e-3, 1e-6, 1e-9])
+def test_fading_by_a_factor_near_one_is_exact_however_often(loss):
+    sums, compensation, factor = (
+        torch.rand(1, 2, 3),
+        torch.zeros(1, 2, 3),
+        torch.full((1, 1, 1), 1 - loss, dtype=torch.float64),
+    )
+    exact = sums.double()
+    for _ in range(3000):
+        sums, compensation = fade(sums, compensation, factor)
+    assert relative_error(sums.double() + compensation.double(), exact * factor**3000) < 1e-10
+
+
+def test_fading_passes_gradients_to_sums_and_factor():
+    sums = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    factor = torch.rand(2, 1, 1, dtype=torch.float64, requires_grad=True)
+    faded, dropped = fade(sums, torch.randn(2, 3, 4).double(), factor)
+    assert not dropped.requires_grad
+    grads = torch.autograd.grad(faded.sum(), (sums, factor))
+    assert torch.equal(grads[0], factor.expand_as(sums))
+    torch.testing.assert_close(grads[1], sums.sum((1, 2), keepdim=True))
+
+
 # ---- running moments -------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +192,19 @@ def test_decay_fades_what_rounding_dropped_too():
     running.decay_(torch.full((1, 1, 1), 0.5))
     running.settle_()
     assert sums.item() + compensation.item() == (2**24 + 1 + 4) / 2
+
+
+@pytest.mark.parametrize("loss", [1e-3, 1e-6, 1e-9])
+def test_running_moments_fade_by_what_the_factor_is(loss):
+    factor = torch.full((1, 1, 1), 1 - loss, dtype=torch.float64)
+    running = RunningMoments(torch.ones(1, 1, 1), torch.zeros(1, 1, 1), degree=0)
+    for _ in range(2000):
+        running.decay_(factor)
+        running.accumulate_(torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+    exact = factor.item() ** 2000 + (1 - factor.item() ** 2000) / (1 - factor.item())
+    assert running.weighted(torch.ones(1)).item() == pytest.approx(exact, rel=2e-7)
+    running.settle_()
+    assert running.sums.item() == pytest.approx(exact, rel=2e-7)
 
 
 @pytest.mark.parametrize("count", [32, 1000])

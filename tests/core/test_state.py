@@ -213,7 +213,7 @@ def fold(state):
 @pytest.mark.parametrize("fold", [State.folded, fold], ids=["new", "in place"])
 def test_gates_in_the_tail_fade_what_rounding_dropped_too(fold):
     state = counted(2**24, 2)
-    state.append_(torch.ones(1, 1, 1), torch.ones(1, 1, 2), torch.tensor([[0.5]]).log(), None)
+    state.append_(torch.ones(1, 1, 1), torch.ones(1, 1, 2), torch.tensor([[0.5]]).double().log(), None)
     assert count_of(fold(state)) == [(2**24 + 2) / 2 + 1] * 2
 
 

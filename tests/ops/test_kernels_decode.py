@@ -429,6 +429,18 @@ def test_long_decoding_stays_at_one_rounding(backend, sizes):
     assert error < 1.5e-8
 
 
+@pytest.mark.parametrize("gate", [-1e-3, -1e-6, -3e-8, -1e-9])
+def test_gates_near_one_fade_moments_by_what_they_are(backend, gate):
+    """Positive sums, which show a factor that is always wrong to one side, in the tail or where it is folded."""
+    problem = make(heads=1, length=4000, head_dim=9, degree=3, dtype=torch.float32)
+    gates = torch.full((1, 1, problem.length), gate)
+    problem = replace(problem, key=problem.key.abs(), value=problem.value.abs(), along={"log_decay": gates})
+    _, state = decode(problem, state=problem.new_state(), backend=backend)
+    _, exact = problem.to(torch.float64).solve(return_state=True, backend="torch")
+    found = state.folded()
+    assert relative_error(found.sums.double() + found.compensation.double(), exact.moments) < 2.5e-7
+
+
 def test_what_rounding_dropped_before_is_kept_and_fades_with_the_sums(backend):
     problem = make(length=LENGTH, value_dim=6, decay="soft")
     _, start = make(length=9, value_dim=6, seed=1).solve(return_state=True)

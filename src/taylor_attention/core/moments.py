@@ -151,6 +151,19 @@ def add_compensated_(sums: Tensor, compensation: Tensor, increment: Tensor) -> N
         dropped.copy_(new_dropped)
 
 
+def fade(sums: Tensor, compensation: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """sums and compensation [..., E, M] times factor [..., 1, 1], as new ones that keep what rounding drops.
+
+    The factor is float64 where the device has it. In float32 one that is near 1 would be wrong by a part of what fades,
+    chunk after chunk to the same side. Differentiable through the sums and the factor.
+    """
+    exact = sums.to(factor.dtype) * factor
+    faded = exact.to(sums.dtype)
+    with torch.no_grad():
+        dropped = (exact - faded.to(factor.dtype)) + compensation.to(factor.dtype) * factor
+    return faded, dropped.to(sums.dtype)
+
+
 _BLOCK = 2**16
 """Elements of a block: a few of them fit in a core's own cache."""
 
@@ -169,11 +182,12 @@ class RunningMoments:
         self._recent = torch.zeros_like(sums)
         self._weighted = torch.empty_like(sums)
         self._pending = 0
+        self._faded: Tensor | None = None  # by which the compensated sums are still to be multiplied
 
     def decay_(self, factor: Tensor) -> None:
-        """Multiply everything by factor [n, 1, 1]."""
-        for part in (self.sums, self.compensation, self._recent):
-            part.mul_(factor)
+        """Multiply everything by factor [n, 1, 1], as for `fade`."""
+        self._recent.mul_(factor.to(self._recent.dtype))
+        self._faded = factor if self._faded is None else self._faded * factor
 
     def accumulate_(self, x: Tensor, u: Tensor) -> None:
         """Add the tokens x [n, d, C] with u [n, E, C]."""
@@ -184,10 +198,19 @@ class RunningMoments:
 
     def weighted(self, weights: Tensor) -> Tensor:
         """The moments so far times weights [M], as [n, E, M]; good until the next call."""
-        return torch.add(self.sums, self._recent, out=self._weighted).mul_(weights)
+        if self._faded is None:
+            total = torch.add(self.sums, self._recent, out=self._weighted)
+        else:
+            total = torch.addcmul(self._recent, self.sums, self._faded.to(self.sums.dtype), out=self._weighted)
+        return total.mul_(weights)
 
     def settle_(self) -> None:
         """Move the recent part into the compensated sums."""
+        if self._faded is not None:
+            faded, dropped = fade(self.sums, self.compensation, self._faded)
+            self.sums.copy_(faded)
+            self.compensation.copy_(dropped)
+            self._faded = None
         if self._pending:
             add_compensated_(self.sums, self.compensation, self._recent)
             self._recent.zero_()

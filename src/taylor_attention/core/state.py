@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import StorageError, expect
 from .basis import expand, feature_count
-from .moments import accumulate_, add_compensated, add_compensated_
+from .moments import accumulate_, add_compensated, add_compensated_, fade
 from .near import Near, Tokens
 from .ranges import find_excess, find_token_excess
 from .storage import read_tensors, write_tensors
@@ -279,11 +279,12 @@ class State:
         """The same state with an empty tail; itself if the tail is empty."""
         if self.tail_length == 0:
             return self
-        factor = self.tail_log_decay.exp().to(self.dtype)[..., None, None]
+        # Fading is done here, since folding in place records no gradient.
+        sums, compensation = fade(self.sums, self.compensation, self.tail_log_decay.exp()[..., None, None])
         copy = replace(
             self.clone(),
-            sums=self.sums * factor,  # here, since folding in place records no gradient
-            compensation=self.compensation.detach() * factor,
+            sums=sums,
+            compensation=compensation,
             tail_log_decay=torch.zeros_like(self.tail_log_decay),
         )
         copy.fold_()
@@ -294,7 +295,8 @@ class State:
         """Add the tail's tokens to the moments in place, a few heads at a time, and empty it."""
         if self.tail_length == 0 or self.degree is None:
             return
-        factors = self.tail_log_decay.exp().to(self.dtype).view(-1, 1, 1)
+        factors = self.tail_log_decay.exp().view(-1, 1, 1)
+        fades = torch.compiler.is_compiling() or bool(self.tail_log_decay.any())
         sums, compensation = self.sums.view(-1, *self.sums.shape[2:]), self.compensation.view(-1, *self.sums.shape[2:])
         keys, values = (x.flatten(0, 1)[..., : self.tail_length] for x in (self.tail_key, self.tail_value))
         together = max(1, _FOLD_TOGETHER // sums[0].numel()) if len(sums) else 1
@@ -303,8 +305,8 @@ class State:
             increment = torch.zeros_like(sums[part])
             with torch.autocast(self.device.type, enabled=False):
                 accumulate_(increment, keys[part], values[part], self.degree)
-            sums[part].mul_(factors[part])
-            compensation[part].mul_(factors[part])
+            if fades:
+                sums[part], compensation[part] = fade(sums[part], compensation[part], factors[part])
             add_compensated_(sums[part], compensation[part], increment)
         self.empty_tail_()
 
@@ -326,9 +328,9 @@ class State:
             key, value = key.masked_fill(hidden[..., None], 0), value.masked_fill(hidden[..., None], 0)
             log_decay = None if log_decay is None else log_decay.masked_fill(hidden, 0)
         if log_decay is not None:
+            self.tail_value *= self._fading(log_decay)[..., None, None]
             self.log_decay += log_decay
             self.tail_log_decay += log_decay
-            self.tail_value *= log_decay.exp().to(self.dtype)[..., None, None]
         if self.near is not None:
             leaving = self.near.push_(Tokens(key, value, self.log_decay), self.tokens, visible)
             faded = (self.log_decay - leaving.log_decay).exp().to(self.dtype)
@@ -338,6 +340,14 @@ class State:
             self.tail_value[..., self.tail_length] = value
             self.tail_length += 1
         self.tokens += 1 if visible is None else visible
+
+    def _fading(self, log_decay: Tensor) -> Tensor:
+        """What a gate does to the tail, [B, Hkv]: as a quotient, so that the product over a tail is right.
+
+        Factors near 1, each rounded for itself, would all be wrong to the same side.
+        """
+        before, after = (x.exp().to(self.dtype) for x in (self.tail_log_decay, self.tail_log_decay + log_decay))
+        return torch.where(before > 1e-30, after / before, log_decay.exp().to(self.dtype))
 
     def assign_(self, other: State) -> None:
         """Take over the content of another state of the same shape, in place."""
@@ -351,8 +361,9 @@ class State:
         """The state of this sequence followed by `later`'s, a new one; both stay as they are.
 
         Raises:
-            ArgumentError: the two differ in shape, degree, scale, dtype or device, or have sinks or heavy tokens:
-                those of `later` were not chosen among all; or their moments together are too large.
+            ArgumentError: the two differ in shape, degree, scale, dtype or device, have more tokens together than are
+                counted, or have sinks or heavy tokens: those of `later` were not chosen among all; or their moments
+                together are too large.
         """
         expect(isinstance(later, State), "later", "a State", type(later).__name__)
         for name in ("batch_size", *self.layout, "device"):
@@ -361,17 +372,19 @@ class State:
         chosen = self.sinks + self.heavy
         expect(chosen == 0, "later", "a state without sinks and heavy tokens", f"{self.sinks} and {self.heavy}")
         first, second = self.folded(), later.folded()
-        factor = second.log_decay.exp().to(self.dtype)[..., None, None]
-        increment = first.sums * factor
-        dropped = first.compensation * factor + second.compensation
         tokens, log_decay = first.tokens + second.tokens, first.log_decay + second.log_decay
+        counted = bool((tokens >= 0).all())  # or the sum went round
+        expect(counted, "later", f"at most {torch.iinfo(torch.int64).max:,} tokens together", "more")
+        faded, dropped = fade(first.sums, first.compensation, second.log_decay.exp()[..., None, None])
+        dropped = dropped + second.compensation.detach()
+        sums, compensation = add_compensated(second.sums, dropped, faded)
         near = None
         if first.near is not None and second.near is not None:
             near, left = first.near.followed_by(second.near, first.tokens, second.tokens, first.log_decay)
-            faded = (log_decay[..., None] - left.log_decay).exp().to(self.dtype)
+            since = (log_decay[..., None] - left.log_decay).exp().to(self.dtype)
             if self.degree is not None:
-                increment = increment + (left.value * faded[..., None, :]) @ expand(left.key.mT, self.degree)
-        sums, compensation = add_compensated(second.sums, dropped.detach(), increment)
+                increment = (left.value * since[..., None, :]) @ expand(left.key.mT, self.degree)
+                sums, compensation = add_compensated(sums, compensation, increment)
         both = State.from_sums(sums, compensation, tokens, log_decay, self.head_dim, self.degree, self.scale, near)
         excess = both.excess()
         expect(not excess, "later", "a state whose moments can be added to this one's", excess)

@@ -218,7 +218,7 @@ def _backward_causal(
         if run.keep or index + 1 < len(chunks):
             _append_backward(run, by_moments, part, decay, grads)
         if decay is not None:
-            by_moments *= decay.whole
+            by_moments *= decay.whole.to(by_moments.dtype)
         if index or run.started:
             by_moments += _by_read_moments(run, _faded(grad[..., part], decay), part)
     return by_moments

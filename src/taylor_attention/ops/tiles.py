@@ -26,7 +26,7 @@ class Decay:
         self.low = (total - self.high).to(log_decay.dtype)
         self.from_start = total.exp().to(log_decay.dtype)[:, None]  # [n, 1, T]
         self.to_end = (total[:, -1:] - total).exp().to(log_decay.dtype)[:, None]  # [n, 1, T]
-        self.whole = self.from_start[:, :, -1:]  # [n, 1, 1]
+        self.whole = total[:, -1:, None].exp()  # [n, 1, 1], wide: it multiplies sums again and again
 
     def between(self, keys: slice, queries: slice) -> Tensor:
         """exp(L_i - L_j) for keys j (rows) and queries i (columns), [n, keys, queries]; 1 where j > i, hidden later."""

@@ -29,6 +29,12 @@ template <class T> struct Reading {
   T log_factor;
   bool lost;
 };
+// What a gate does to a tail that has faded by `before` (logs). As a quotient, so that the product over a tail is right:
+// factors near 1, each rounded for itself, would all be wrong to the same side.
+template <class T> T fading(double before, double gate) {
+  const T faded = T(exp(before));
+  return faded > T(1e-30) ? T(exp(before + gate)) / faded : T(exp(gate));
+}
 
 // The steps of some rows (batch x key/value heads), by one thread; near: some tokens are exact.
 template <class T, bool near> struct Decoding {
@@ -62,9 +68,9 @@ template <class T, bool near> struct Decoding {
     const Token<T> token = {tokens_of<T>(s.key, batch, head, 0), tokens_of<T>(s.value, batch, head, 0)};
     if (s.gates.data && visible) {
       const double gate = gate_of(s.gates, batch, head);
+      const T factor = fading<T>(s.tail_log_decay[row], gate);
       s.log_decay[row] += gate;
       s.tail_log_decay[row] += gate;
-      const T factor = T(exp(gate));
       for (Index e = 0; e < s.columns; ++e)
         for (Index t = 0; t < s.position; ++t) values[e * s.width + t] *= factor;
     }

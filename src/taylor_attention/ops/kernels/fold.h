@@ -17,10 +17,7 @@ template <class T> void fold_rows(const Fold& f) {
     const T* values = static_cast<const T*>(f.tail_value) + (row * f.columns + begin) * f.width;
     T* sums = static_cast<T*>(f.sums) + (row * f.columns + begin) * features;
     T* compensation = static_cast<T*>(f.compensation) + (row * f.columns + begin) * features;
-    if (f.tail_log_decay[row] != 0) {
-      const T factor = T(exp(f.tail_log_decay[row]));
-      for (Index i = 0; i < columns * features; ++i) sums[i] *= factor, compensation[i] *= factor;
-    }
+    if (f.tail_log_decay[row] != 0) fade<T>(sums, compensation, columns * features, exp(f.tail_log_decay[row]));
     const Columns<T> x(d, f.length);
     for (Index c = 0; c < d; ++c) memcpy(x.row(c), keys + c * f.width, f.length * sizeof(T));
     clear_padding(x, d, f.length);

@@ -11,7 +11,7 @@
 namespace taylor {
 namespace TARGET {
 
-constexpr Index kChain = 64;   // tokens of a lasting state summed in a row before they join the sum of a tile
+constexpr Index kChain = 16;   // tokens of a lasting state summed in a row before they join the sum of a tile
 constexpr Index kDepth = 256;  // monomials of one packed piece of T: [E, kDepth] stays in the second-level cache
 
 // Some tokens of one head, tokens last, padded with zeros to whole panels: x [d, stride].
@@ -255,6 +255,22 @@ template <class V> INLINE void add_compensated(V& sum, V& compensation, V increm
   const V dropped = (sum - (total - other)) + (increment - other) + compensation;
   sum = total + dropped;
   compensation = dropped - (sum - total);
+}
+
+// sums + compensation (which may be null) times factor. Rounded to single precision, a factor near 1 would be wrong by a
+// part of what fades, in every chunk to the same side; so in double, and what rounding the sums drops is kept.
+template <class T> void fade(T* sums, T* compensation, Index count, double factor) {
+  if (!compensation) {
+    for (Index i = 0; i < count; ++i) sums[i] = T(sums[i] * factor);
+  } else if (sizeof(T) == sizeof(double)) {
+    for (Index i = 0; i < count; ++i) sums[i] *= factor, compensation[i] *= factor;
+  } else {
+    for (Index i = 0; i < count; ++i) {
+      const double exact = (double(sums[i]) + double(compensation[i])) * factor;
+      sums[i] = T(exact);
+      compensation[i] = T(exact - double(sums[i]));
+    }
+  }
 }
 
 template <class T> INLINE void add(T* sums, T* compensation, Vector<T> increment) {

@@ -40,9 +40,8 @@ template <class T> struct Sweep {
   }
   const Decay<T>* decaying() const { return p.log_decay ? &decay : nullptr; }
 
-  void fade(T* moments) {
-    if (p.log_decay)
-      for (Index i = 0; i < columns * features; ++i) moments[i] *= decay.whole;
+  void fade(T* moments, T* compensation) {
+    if (p.log_decay) TARGET::fade<T>(moments, compensation, columns * features, decay.whole);
   }
 
   const T* weights() const { return static_cast<const T*>(p.weights); }
@@ -82,8 +81,7 @@ template <class T> struct Sweep {
       load_decay(from, to);
       answer(from, to, from, to, from || p.started, sums);
       if (to < p.keys || p.keep) {
-        fade(sums);
-        if (compensation) fade(compensation);
+        fade(sums, compensation);
         append<kChain>(sums, compensation, from, to);
       }
     }
@@ -163,7 +161,7 @@ template <class T> struct Sweep {
       load_decay(from, to);
       differentiate(from, to, from, to, from || p.started);
       if (to < p.keys) {
-        fade(sums);
+        fade(sums, nullptr);
         append<0>(sums, nullptr, from, to);
       }
     }
@@ -239,7 +237,7 @@ template <class T> struct Sweep {
       const Index to = from + length(from, p.keys, p.chunk);
       load_decay(from, to);
       differentiate(from, to, from, to, to < p.keys || p.keep);
-      if (moments_used) fade(by_moments);
+      if (moments_used) fade(by_moments, nullptr);
       if (from || p.started) gather(from, to);
     }
   }

@@ -68,14 +68,14 @@ template <class T> struct Decay {
       from_first[t] = T(exp(total[t] - total[first]));
       to_last[t] = T(exp(total[last] - total[t]));
     }
-    whole = T(exp(running));
+    whole = exp(running);
   }
   T between(Index first, Index last) const { return T(exp(total[first] - total[last])); }
   T pair(Index query, Index key) const { return T(exp(total[query] - total[key])); }
 
   Buffer<double> total;  // running sum from the start of the chunk
   Buffer<T> from_start, to_end, from_first, to_last;
-  T whole = 1;
+  double whole = 1;  // not rounded: it multiplies sums again and again
 
  private:
   Decay(Index, Index padded)
