@@ -175,7 +175,10 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def decode_(self, tokens: Tensor, states: Sequence[Any], *, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, n, vocab_size] of n more tokens [B, n], appended to the states in place, without gradients."""
+        """Logits [B, n, vocab_size] of n more tokens [B, n], appended to the states in place, without gradients.
+
+        Where a layer makes keys or values that its state refuses, the states of earlier layers have the tokens already.
+        """
         self._check(tokens, states)
         x = self._embed(tokens)
         shared = self._share(x, states[0], key_padding_mask)

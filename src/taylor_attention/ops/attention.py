@@ -206,7 +206,8 @@ def attention(
         y = divide(out, out[..., -1] == 0)  # exactly zero only where no key is visible
     else:
         y = divide_checked(out, seen, 1.0 if fitted else coefficients[0])
-    note(y, query)
+    if not torch.compiler.is_compiling():
+        note(y, query)
     y = y.to(query.dtype)
     if not return_state:
         return y

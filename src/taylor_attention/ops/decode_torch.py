@@ -50,7 +50,8 @@ def decode_one_(
         out, seen = out.masked_fill(~visible[:, None, :, None], 0), seen.masked_fill(~visible[:, None], 0)
     constant = 1.0 if fitted or not coefficients else coefficients[0]
     y = divide_checked(out, seen, constant) if checked else divide(out, out[..., -1] == 0)
-    note(y, query)
+    if not torch.compiler.is_compiling():
+        note(y, query)
     return y.to(query.dtype)
 
 

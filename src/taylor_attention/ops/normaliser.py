@@ -43,8 +43,8 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def divide(out: Tensor, empty: Tensor) -> Tensor:
     """N / Z from [N | Z]: zeros where no key was visible, NaN where Z is negative or infinite, as no true one is."""
     z = out[..., -1]
-    z = z.masked_fill(~((z > 0) & (z < torch.inf)), torch.nan).masked_fill(empty, 1)
-    return out[..., :-1] / z.unsqueeze(-1)
+    z = z + z.detach().sqrt() * 0  # 0 times the root of what is negative or infinite is NaN
+    return out[..., :-1] / torch.where(empty, 1, z).unsqueeze(-1)
 
 
 def divide_checked(out: Tensor, seen: Tensor, constant: float) -> Tensor:
@@ -123,9 +123,7 @@ def watch_normalisers(*, keep_masks: bool = False) -> Iterator[NormaliserStatus]
 
 
 def note(y: Tensor, query: Tensor) -> None:
-    """Tell who watches about the outputs [B, Hq, T, dv] of queries [B, Hq, T, d]."""
-    if torch.compiler.is_compiling():
-        return
+    """Tell who watches about the outputs [B, Hq, T, dv] of queries [B, Hq, T, d]; not to be traced."""
     for status in _watching.get():
         unsafe = query.isfinite().all(-1) & ~y.isfinite().all(-1)
         status.calls += 1

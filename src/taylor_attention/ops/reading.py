@@ -125,7 +125,8 @@ def join(near: Tensor, top: Tensor, far: Tensor, log_factor: Tensor) -> tuple[Te
         own = torch.where(near[..., -1] > 0, top + near[..., -1].log(), lowest)
         other = torch.where(far[..., -1] > 0, log_factor + far[..., -1].log(), lowest)
         largest = torch.maximum(own, other)
-        largest = torch.where(largest == -torch.inf, log_factor, largest)
+        largest = torch.where(largest == torch.inf, 0, largest)  # a far Z beyond the range, which shows
+        largest = torch.where(largest == -torch.inf, log_factor, largest)  # nothing at all
         by_near = (torch.where(near[..., -1] > 0, top, lowest) - largest).exp()
     by_far = (log_factor - largest).clamp(max=80).exp()  # beyond: a normaliser that is not positive, which is reported
     by_far = torch.where(far[..., -1] == 0, 0, by_far)
