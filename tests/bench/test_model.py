@@ -102,7 +102,13 @@ def test_the_model_has_its_own_shape_and_short_contexts(contexts: tuple[int, ...
 def test_the_share_is_in_the_facts_the_results_and_the_table():
     shares = {"taylor": 0.25, "sdpa": 0.75}
     [row] = facts.derive([MADE])["model"]
-    assert row == {"head_dim": 16, "degree": 2, "speedup": {"sdpa": {40: 2.0}}, "attention_shares": {40: shares}}
+    assert row == {
+        "head_dim": 16,
+        "degree": 2,
+        "window": 0,
+        "speedup": {"sdpa": {40: 2.0}},
+        "attention_shares": {40: shares},
+    }
     assert MADE.to_dict()["attention_shares"] == shares
     console = Console(file=io.StringIO(), width=140)
     console.print(bench_report._model_table([MADE]))

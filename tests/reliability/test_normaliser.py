@@ -60,6 +60,17 @@ def test_the_status_counts_and_shows_every_unsafe_query_and_nothing_is_warned_of
     assert seen.unsafe == int(y.isnan().any(-1).sum())
 
 
+@BACKENDS
+@pytest.mark.parametrize("way", WAYS)
+def test_a_query_that_is_not_finite_itself_is_not_counted(backend, way):
+    problem = make(batch=2, length=24)
+    problem.query[1, 0, 7, 2] = math.nan
+    with ta.watch_normalisers() as seen:
+        y = WAYS[way][0](problem, backend=backend)
+    assert seen.unsafe == 0
+    assert y.isnan().all(-1).sum() == 1
+
+
 def test_masks_are_kept_on_request_only():
     with ta.watch_normalisers() as seen:
         unsafe_problem().solve()
@@ -80,7 +91,7 @@ def test_watching_changes_no_bit():
 @pytest.mark.parametrize("way", ["one call", "several tokens at a time", "decoding"])
 def test_outside_of_the_block_it_is_a_warning_again(backend, way):
     problem, solve = unsafe_problem(), WAYS[way][0]
-    with ta.watch_normalisers() as seen, pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError), ta.watch_normalisers() as seen:
         raise ZeroDivisionError
     with pytest.warns(NormaliserWarning, match=ADVICE):
         solve(problem, backend=backend)

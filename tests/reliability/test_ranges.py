@@ -428,6 +428,7 @@ EDGES = {
     "one token": {"length": 1},
     "one head of size 1": {"heads": 1, "head_dim": 1, "length": 20},
     "values of size 0": {"value_dim": 0, "length": 20},
+    "values of size 0 that fade": {"value_dim": 0, "length": 20, "decay": "soft"},
     "values of size 1": {"value_dim": 1, "heads": 3, "kv_heads": 1, "length": 20},
     "no sequences of size 0": {"batch": 0, "value_dim": 0, "length": 5},
 }
