@@ -22,7 +22,7 @@ from taylor_attention.lm.checkpoint import load_checkpoint, save_checkpoint
 from taylor_attention.lm.session import Session
 from taylor_attention.nn import LanguageModel, ModelConfig
 
-COMMANDS = ["plan", "bench", "needles", "train", "generate", "eval", "demo"]
+COMMANDS = ["plan", "bench", "needles", "soak", "train", "generate", "eval", "demo"]
 PLAN = ["plan", "--heads", "32", "--kv-heads", "8", "--head-dim", "64", "--degree", "2", "--layers", "24"]
 PLAN += ["--context", "1000000"]
 SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--steps", "6", "--batch", "2", "--length", "16"]
@@ -97,6 +97,8 @@ MISUSE = {
     "needles: method": ("--method: expected one of taylor 2,", "needles", "--method", "magic"),
     "needles: backend": ("backend: expected one of", "needles", "--backend", "none"),
     "needles: out": ("--out", "needles", "--out", "{folder}/noise"),
+    "soak: tokens": ("expected a whole number >= 1, such as 100_000_000 or 1e8, got 0.5", "soak", "--tokens", "0.5"),
+    "soak: out": ("--out", "soak", "--out", "{folder}/noise"),
     "train: no text": ("TEXT: expected", "train", "--out", "{folder}/run"),
     "train: no such text": ("{folder}/none", "train", "{folder}/none", "--out", "{folder}/run"),
     "train: degree": ("degree: expected", "train", "{folder}/text.txt", "--out", "{folder}/run", "--degree", "-2"),

@@ -98,6 +98,12 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def settled_bytes() -> int | None:
+    """`resident_bytes` without what the allocator keeps for later."""
+    _return_freed_memory()
+    return resident_bytes()
+
+
 def peak_memory(work: Callable[[], _R]) -> tuple[_R, int | None]:
     """The result of a call, and the most memory of this process that was in RAM while it ran."""
     try:
@@ -109,8 +115,7 @@ def peak_memory(work: Callable[[], _R]) -> tuple[_R, int | None]:
 
 def working_memory(work: Callable[[], _R]) -> tuple[_R, int | None]:
     """The result of a call, and by how many bytes resident memory grew at most while it ran, the result included."""
-    _return_freed_memory()
-    before = resident_bytes()
+    before = settled_bytes()
     result, peak = peak_memory(work)
     return result, None if before is None or peak is None else max(0, peak - before)
 

@@ -20,6 +20,7 @@ from .generate import generate
 from .needles import needles
 from .plan import plan
 from .reproduce import reproduce
+from .soak import soak
 from .train import train
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -73,5 +74,5 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (plan, bench, needles, reproduce, train, generate, evaluate, demo):
+for command in (plan, bench, needles, soak, reproduce, train, generate, evaluate, demo):
     app.add_command(command)
