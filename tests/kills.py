@@ -36,8 +36,8 @@ SAVING = ("core/storage.py", "core/locks.py")
 TRAINING = (*SAVING, "lm/training.py", "lm/log.py", "lm/resume.py", "lm/checkpoint.py")
 
 
-NEEDED = {"save_states": "safetensors.torch", "generate": "safetensors.torch"}
-"""What a job would import anew in every worker; all others train, for which PyTorch imports its compiler: seconds."""
+NEEDED = {"train_on": "torch._dynamo"}
+"""What a job would import anew in every worker: to train, PyTorch imports its compiler, for seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,24 @@ def train_on(done: Callable[[], None], text: str, out: str, seed: int) -> None:
     train(training_config(text, out, seed), resume=resume, progress=lambda at: done() if at.saved else None)
 
 
-def on_a_small_disk(done: Callable[[], None], folder: str) -> None:
+def generate_into(done: Callable[[], None], model: str, path: str, out: str, report: str) -> None:
+    """Go on with a session, the text going into a file; report the exit code and the complaints."""
+    os.dup2(os.open(out, os.O_WRONLY), 1)
+    found = _generate("hi", "--tokens", "50", "--model", model, "--session", path)
+    sys.stdout.flush()  # as Python does at exit: it must not complain once more
+    Path(report).write_text(json.dumps(found))
+    done()
+
+
+def _generate(*arguments: str) -> list[object]:
+    with contextlib.redirect_stderr(io.StringIO()) as complaints:
+        try:
+            app.main(["generate", *arguments])
+        except SystemExit as end:
+            return [end.code, complaints.getvalue()]
+
+
+def on_a_small_disk(done: Callable[[], None], folder: str, training: bool) -> None:
     """Fill a real file system that only this worker sees, at several moments, and report what came of it."""
     found: dict[str, object] = {}
     root, disk = Path(folder), Path(folder, "disk")
@@ -137,7 +154,8 @@ def on_a_small_disk(done: Callable[[], None], folder: str) -> None:
     else:
         _save_on(disk, root, found)
         _generate_on(disk, root, found)
-        _train_on(disk, root, found)
+        if training:
+            _train_on(disk, root, found)
     Path(folder, "report").write_text(json.dumps(found))
     done()
 
@@ -195,17 +213,11 @@ def _save_on(disk: Path, root: Path, found: dict[str, object]) -> None:
 
 
 def _generate_on(disk: Path, root: Path, found: dict[str, object]) -> None:
-    def go_on() -> list[object]:
-        with contextlib.redirect_stderr(io.StringIO()) as complaints:
-            try:
-                app.main(["generate", "hi", "-n", "3", "--model", f"{root}/model", "--session", f"{disk}/session"])
-            except SystemExit as end:
-                return [end.code, complaints.getvalue()]
-
-    go_on()
+    arguments = ("hi", "-n", "3", "--model", f"{root}/model", "--session", f"{disk}/session")
+    _generate(*arguments)
     before = (disk / "session").read_bytes()
     _fill(disk, 4096)
-    found["generate"] = go_on()
+    found["generate"] = _generate(*arguments)
     found["session is the same"] = (disk / "session").read_bytes() == before and not (disk / "session.lock").exists()
     (disk / "filler").unlink()
 
@@ -226,7 +238,7 @@ def _train_on(disk: Path, root: Path, found: dict[str, object]) -> None:
 
 
 def _fork(job: str, arguments: list[Any], after: float | None, line: int | None, at: list[str]) -> dict[str, float]:
-    importlib.import_module(NEEDED.get(job, "torch._dynamo"))
+    importlib.import_module(NEEDED.get(job, "safetensors.torch"))
     reader, writer = os.pipe()
     worker = os.fork()
     if worker == 0:
@@ -281,3 +293,4 @@ if __name__ == "__main__":
     for given in sys.stdin:
         sys.stdout.write(json.dumps(_fork(**json.loads(given))) + "\n")
         sys.stdout.flush()
+    os._exit(0)  # without taking PyTorch apart, which takes seconds

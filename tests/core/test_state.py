@@ -11,6 +11,7 @@ from problems import differences
 from taylor_attention.core.basis import expand, feature_count
 from taylor_attention.core.state import State, tail_size
 from taylor_attention.errors import ArgumentError, StorageError
+from taylor_attention.ops.attention import attention
 from tolerances import TOLERANCE, relative_error
 
 BATCH, HEADS, HEAD_DIM, VALUE_DIM, DEGREE = 3, 2, 4, 5, 2
@@ -368,6 +369,13 @@ def test_a_state_that_forgot_everything_can_be_saved(tmp_path):
     state = replace(grown(), log_decay=torch.full((BATCH, HEADS), -math.inf, dtype=torch.float64))
     state.save(str(tmp_path / "state"))
     assert differences(State.load(str(tmp_path / "state")), state) == []
+
+
+def test_a_state_of_values_of_size_0_can_be_saved(tmp_path):
+    query, key, value = torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 0)
+    _, state = attention(query, key, value, degree=2, return_state=True)
+    state.save(tmp_path / "state")
+    assert differences(State.load(tmp_path / "state"), state) == []
 
 
 def test_log_decay_of_a_device_without_float64_is_saved_as_it_is_loaded(tmp_path):

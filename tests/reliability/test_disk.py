@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -127,15 +125,20 @@ def test_training_that_met_a_full_disk_goes_on_as_if_never_stopped(tmp_path: Pat
     assert sorted(os.listdir(tmp_path / "parted")) == sorted(os.listdir(tmp_path / "whole"))
 
 
-def test_on_a_file_system_that_is_full(nursery: Nursery, tmp_path: Path, text: Path):
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_on_a_file_system_that_is_full(nursery: Nursery, tmp_path: Path, text: Path, training: bool):
     """A real one, of 512 kB, that only a worker sees."""
     save_checkpoint(tmp_path / "model", a_model())
     (tmp_path / "disk").mkdir()
-    nursery.run("on_a_small_disk", tmp_path)
+    nursery.run("on_a_small_disk", tmp_path, training)
     found = json.loads((tmp_path / "report").read_text())
     if "refused" in found:
         pytest.skip(f"no file system can be mounted here: {found['refused']}")
     reason = "cannot be written (No space left on device)"
+    of_training = {
+        "training": f"{tmp_path}/disk/run/training.safetensors: {reason}",
+        "resumed as if never stopped": True,
+    }
     assert found == {
         "state": f"{tmp_path}/disk/state: {reason}",
         "number kept": 1,
@@ -144,24 +147,27 @@ def test_on_a_file_system_that_is_full(nursery: Nursery, tmp_path: Path, text: P
         "number when there is room again": 2,
         "generate": [2, f"error: {tmp_path}/disk/session: {reason}\n"],
         "session is the same": True,
-        "training": f"{tmp_path}/disk/run/training.safetensors: {reason}",
-        "resumed as if never stopped": True,
+        **(of_training if training else {}),
     }
 
 
-def test_text_that_cannot_be_shown_waits_in_the_session(tmp_path: Path):
+def test_text_that_cannot_be_shown_waits_in_the_session(nursery: Nursery, tmp_path: Path):
     save_checkpoint(tmp_path / "model", a_model())
     model, path = load_checkpoint(tmp_path / "model")[0], tmp_path / "session"
-    command = [sys.executable, "-c", "from taylor_attention.cli import main; main()"]
-    options = ["generate", "hi", "-n", "50", "--model", tmp_path / "model", "--session", path]
-    with open("/dev/full", "wb") as nowhere:
-        ended = subprocess.run([*command, *options], stdout=nowhere, stderr=subprocess.PIPE, text=True)
+    nursery.run("generate_into", tmp_path / "model", path, "/dev/full", tmp_path / "report")
     reason = "the text cannot be written (No space left on device)"
-    assert (ended.returncode, ended.stderr) == (2, f"error: {reason}; saved in {path}\n")
+    assert json.loads((tmp_path / "report").read_text()) == [2, f"error: {reason}; saved in {path}\n"]
     saved, whole = Session.load(path, model), Session(model)
     whole.read(b"hi")
     drawn = bytes(whole.stream(saved.tokens - 2, temperature=0.8))
     assert saved.unshown == drawn != b""
+
+    (tmp_path / "text").touch()
+    nursery.run("generate_into", tmp_path / "model", path, tmp_path / "text", tmp_path / "report")
+    whole.read(b"hi")
+    drawn += bytes(whole.stream(50, temperature=0.8))
+    shown = drawn.removesuffix(Session.load(path, model).unshown).decode("utf-8", "replace")
+    assert (tmp_path / "text").read_text() == shown
 
 
 # ---- where a path leads ----------------------------------------------------------------------------------------------

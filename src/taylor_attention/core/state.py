@@ -483,7 +483,7 @@ class State:
         """Raise `ValueError` unless shapes and types are those of a state of this degree."""
         batch, heads, columns, features = self.sums.shape
         head_dim, width = self.head_dim, self.tail_key.shape[3]
-        sizes = {"heads": heads, "head_dim": head_dim, "value_dim": columns - 1, "degree + 1": (self.degree or 0) + 1}
+        sizes = {"heads": heads, "head_dim": head_dim, "columns": columns, "degree + 1": (self.degree or 0) + 1}
         for name, size in sizes.items():
             expect(1 <= size <= _MAX_SIZE, name, f"1..{_MAX_SIZE}", size)
         shapes = {
