@@ -152,7 +152,7 @@ class Soak:
         stretch = replace(
             last,
             tokens=last.tokens + each.block,
-            moments=_worse(last.moments, moment_error(state, twin)),
+            moments=moment_error(state, twin),
             outputs=_worse(last.outputs, output_error(y, expected[:1])),
             seconds=last.seconds + seconds,
         )
