@@ -162,3 +162,12 @@ def test_web_addresses_are_not_machine_paths():
 def test_the_version_is_stated_once():
     assert version("taylor-attention") == taylor_attention.__version__
     assert f"## [{taylor_attention.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_tests_that_keep_promises_exist() -> None:
+    """Every test that docs/reliability.md names."""
+    named = set(re.findall(r"::(test_\w+)", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")))
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    there = {name for source in sources for name in re.findall(r"^def (test_\w+)", source, re.MULTILINE)}
+    assert len(named) > 50
+    assert named - there == set()
