@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ def run(*arguments: object) -> Result:
 # ---- asked to stop ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def as_in_a_terminal() -> Iterator[None]:
+    """Signals as a shell in the foreground hands them on, whatever nohup or a shell in the background did to ours."""
+    wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_generate_asked_to_stop_saves_its_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     torch.manual_seed(0)
@@ -51,6 +63,7 @@ def test_generate_asked_to_stop_saves_its_session(tmp_path: Path, monkeypatch: p
     assert signal.getsignal(getattr(signal, name)) is handler
 
 
+@pytest.mark.usefixtures("as_in_a_terminal")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_training_asked_to_stop_saves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     (tmp_path / "text").write_bytes(TEXT)
