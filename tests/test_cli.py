@@ -97,7 +97,12 @@ MISUSE = {
     "needles: method": ("--method: expected one of taylor 2,", "needles", "--method", "magic"),
     "needles: backend": ("backend: expected one of", "needles", "--backend", "none"),
     "needles: out": ("--out", "needles", "--out", "{folder}/noise"),
-    "soak: tokens": ("expected a whole number >= 1, such as 100_000_000 or 1e8, got 0.5", "soak", "--tokens", "0.5"),
+    "soak: tokens": (
+        "expected a whole number from 1 to 2^40, such as 1e8, got 0.5",
+        "soak",
+        "--tokens",
+        "0.5",
+    ),
     "soak: out": ("--out", "soak", "--out", "{folder}/noise"),
     "train: no text": ("TEXT: expected", "train", "--out", "{folder}/run"),
     "train: no such text": ("{folder}/none", "train", "{folder}/none", "--out", "{folder}/run"),

@@ -348,7 +348,7 @@ def test_misused_calls_are_named(kind: str):
     layer = build(kind)
     other = build("softmax" if kind == "taylor" else "taylor")
     x = random(B, T, D_MODEL)
-    with pytest.raises(ArgumentError, match=r"x: expected shape \[B, T, 12\], got \(2, 13\)"):
+    with pytest.raises(ArgumentError, match=r"x: expected a tensor \[B, T, 12\], got shape \(2, 13\)"):
         layer(x[..., 0])
     with pytest.raises(ArgumentError, match="state: expected a .* from new_state, got"):
         layer(x, state=other.new_state(B))

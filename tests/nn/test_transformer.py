@@ -185,7 +185,7 @@ def test_a_bad_configuration_is_named(values: dict[str, Any], message: str):
 
 def test_misused_calls_are_named(attention: str):
     model = build(attention)
-    with pytest.raises(ArgumentError, match=r"tokens: expected shape \[B, T\], got \(3,\)"):
+    with pytest.raises(ArgumentError, match=r"tokens: expected a tensor \[B, T\], got shape \(3,\)"):
         model(text(1, 3)[0])
     with pytest.raises(ArgumentError, match=r"tokens: expected dtype torch.int64, got torch.uint8"):
         model(text(1, 3).to(torch.uint8))
@@ -214,7 +214,11 @@ def test_the_rotation_is_computed_once_and_shared_by_all_layers(
     assert relative_error(got[1], expected) < TOLERANCE[torch.float64]
 
 
-WRONG_STATES = {"none": (None, "a state"), "a number": (3, "from new_state"), "another batch": (1, "sequences")}
+WRONG_STATES = {
+    "none": (None, "got NoneType"),
+    "a number": (3, "from new_state"),
+    "another batch": (1, "sequences"),
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG_STATES)

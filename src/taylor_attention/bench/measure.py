@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from ..core.basis import check_degree
 from ..lm.threads import thread_count
 from ..ops.attention import attention
 from . import decode, model, sequence, start
@@ -115,9 +116,10 @@ def check(cases: Iterable[Case], settings: Settings) -> None:
     """Refuse a run that could not go through, before anything is measured.
 
     Raises:
-        ArgumentError: a head size does not divide the width, or there is no such backend.
+        ArgumentError: a head size does not divide the width or cannot have a degree, or there is no such backend.
     """
     for case in cases:
+        check_degree(case.head_dim, case.degree)
         if case.kind != MODEL:
             count_heads(case, settings)
     nothing = torch.zeros(1, 1, 1, 1)

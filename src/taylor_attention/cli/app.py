@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import signal
 import sys
 import threading
@@ -32,6 +33,9 @@ class Application(click.Group):
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run a command and exit: 0, 2 for bad input, 130 for Ctrl-C."""
         extra["standalone_mode"] = False
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a name or a text that it cannot show is no failure
         try:
             with ended_like_ctrl_c():
                 code = super().main(*args, **extra)
@@ -41,6 +45,10 @@ class Application(click.Group):
             _fail(error.format_message(), BAD_INPUT)
         except TaylorAttentionError as error:
             _fail(str(error), BAD_INPUT)
+        except (MemoryError, RuntimeError) as error:
+            if not _lacks_memory(error):
+                raise
+            _fail("this needs more memory than there is: smaller sizes, or another machine", BAD_INPUT)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -58,6 +66,12 @@ def ended_like_ctrl_c() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether Python or PyTorch, which has no error of its own for it on CPUs, could not get memory."""
+    words = ("allocate memory", "out of memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -18,10 +18,22 @@ from ..bench.machine import COPY, GEMM, READ, Machine, describe
 from ..bench.measure import Bench, check, measure
 from ..bench.rivals import Factory, load_factory
 from ..bench.turns import time_by_turns
-from ..errors import MissingDependencyError, expect
+from ..errors import LARGEST_INT, MissingDependencyError, expect
 from ..lm.threads import thread_count
 from .bench_report import describe_case, describe_result, report
-from .console import emit_json, err, json_option, make_folder, progress_bar
+from .console import (
+    COUNT,
+    COUNT_OR_NONE,
+    DEGREE,
+    SECONDS,
+    SEED,
+    THREADS,
+    emit_json,
+    err,
+    json_option,
+    make_folder,
+    progress_bar,
+)
 
 FULL: dict[str, Any] = {
     "only": KINDS,
@@ -55,8 +67,6 @@ QUICK_NEAR = QUICK | {"only": (PREFILL, DECODE)}
 
 _SHAPE = ("only", "head_dim", "degree", "context", "length")
 
-_POSITIVE = click.IntRange(min=1)
-_SECONDS = click.FloatRange(min=0, min_open=True)
 
 _RIVALS = """--against my.py:rival (or module:rival) names a function that makes a rival, as this makes one of the
 paper's reference implementation; `attend` gets [1, heads, T, d] tensors and keeps its own state:
@@ -81,36 +91,34 @@ _NEAR = ", ".join(f"--{name} {_default(name, FULL_NEAR)}" for name in ("only", "
 
 @click.command(short_help="Measure decode, prefill, training and a model beside softmax.", epilog=_RIVALS)
 @click.option("--only", multiple=True, type=click.Choice(KINDS), help="Measure this kind; repeatable [all].")
-@click.option("--head-dim", multiple=True, type=_POSITIVE, help=f"Head size; repeatable {_default('head_dim')}.")
-@click.option(
-    "--degree", multiple=True, type=click.IntRange(min=0), help=f"Of the series; repeatable {_default('degree')}."
-)
+@click.option("--head-dim", multiple=True, type=COUNT, help=f"Head size; repeatable {_default('head_dim')}.")
+@click.option("--degree", multiple=True, type=DEGREE, help=f"Of the series; repeatable {_default('degree')}.")
 @click.option(
     "--window",
     multiple=True,
-    type=click.IntRange(min=0),
+    type=COUNT_OR_NONE,
     help=f"Latest tokens, weighed exactly; repeatable {_default('window')}. Above 0 the others default to {_NEAR}.",
 )
-@click.option("--width", type=_POSITIVE, default=Settings.width, show_default=True, help="Heads times head size.")
-@click.option("--context", multiple=True, type=_POSITIVE, help="Of a decode step; repeatable [1K, 4K, ..., 1M, 10M].")
-@click.option("--length", multiple=True, type=_POSITIVE, help=f"Of a prefill; repeatable {_default('length')}.")
+@click.option("--width", type=COUNT, default=Settings.width, show_default=True, help="Heads times head size.")
+@click.option("--context", multiple=True, type=COUNT, help="Of a decode step; repeatable [1K, 4K, ..., 1M, 10M].")
+@click.option("--length", multiple=True, type=COUNT, help=f"Of a prefill; repeatable {_default('length')}.")
 @click.option("--against", multiple=True, metavar="PLACE:FUNCTION", help="A rival's factory, see below; repeatable.")
-@click.option("--threads", type=_POSITIVE, help="Of PyTorch [as PyTorch chooses].")
-@click.option("--repeats", type=_POSITIVE, help=f"Turns of a case at most {_default('repeats')}.")
-@click.option("--budget", type=_SECONDS, help=f"Seconds to time a case, three turns however {_default('budget')}.")
+@click.option("--threads", type=THREADS, help="Of PyTorch [as PyTorch chooses].")
+@click.option("--repeats", type=COUNT, help=f"Turns of a case at most {_default('repeats')}.")
+@click.option("--budget", type=SECONDS, help=f"Seconds to time a case, three turns however {_default('budget')}.")
 @click.option(
     "--patience",
-    type=_SECONDS,
+    type=SECONDS,
     default=Settings.patience,
     show_default=True,
     help="Seconds that a rival's call may take, ten times as many its reading of a context; slower ones are skipped.",
 )
-@click.option("--seed", type=int, default=Settings.seed, show_default=True, help="Of the inputs.")
+@click.option("--seed", type=SEED, default=Settings.seed, show_default=True, help="Of the inputs.")
 @click.option("--backend", default=Settings.backend, show_default=True, help="As attention(backend=...) takes it.")
-@click.option("--chunk", type=_POSITIVE, help="As attention(chunk_size=...) takes it [the library's choice].")
+@click.option("--chunk", type=COUNT, help="As attention(chunk_size=...) takes it [the library's choice].")
 @click.option(
     "--max-state-bytes",
-    type=_POSITIVE,
+    type=click.IntRange(1, LARGEST_INT),
     default=Settings.max_state_bytes,
     show_default=True,
     help="Skip problems of larger states.",

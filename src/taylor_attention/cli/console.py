@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..errors import expect
+from ..core.basis import MAX_DEGREE
+from ..errors import LARGEST_INT, expect
 from ..lm.checkpoint import SHIPPED, load_checkpoint, shipped
+from ..lm.threads import MAX_THREADS
 from ..nn import LanguageModel
+
+MAX_COUNT = 2**40
+"""How many, or how large, anything may be; no machine comes to the end of more."""
+
+
+class Number(click.FloatRange):
+    """A range of numbers, in which NaN and infinity are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click converts, but finite."""
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value!r} is not a finite number.", param, ctx)
+
+
+COUNT, COUNT_OR_NONE = click.IntRange(1, MAX_COUNT), click.IntRange(0, MAX_COUNT)
+DEGREE = click.IntRange(0, MAX_DEGREE)
+THREADS = click.IntRange(1, MAX_THREADS)
+SEED = click.IntRange(0, LARGEST_INT)
+SECONDS = Number(min=0, min_open=True)
 
 
 class _Degree(click.ParamType):  # type: ignore[type-arg]  # generic in some versions only
@@ -93,6 +115,8 @@ def size(nbytes: float) -> str:
 
 def make_folder(name: str) -> Path:
     """The folder of --out, made if it is not there."""
+    if not name:
+        raise click.UsageError("--out: expected the name of a folder, got an empty one")
     folder = Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +132,6 @@ def load(model: str, option: str = "--model") -> LanguageModel:
         ArgumentError: there is no such file, or a shipped name whose weights are not there.
         StorageError: the file is no checkpoint.
     """
-    known = model in SHIPPED or Path(model).is_file()
+    known = model in SHIPPED or os.path.isfile(model)  # Path.is_file raises OSError for names too long to be one
     expect(known, option, f"a checkpoint or one of {', '.join(SHIPPED)}", model)
     return load_checkpoint(shipped(model) if model in SHIPPED else model)[0]

@@ -22,7 +22,20 @@ from ..lm.data import CORPORA, load_split, load_text
 from ..lm.session import Session
 from ..lm.threads import thread_count
 from ..nn import LanguageModel
-from .console import emit_json, err, json_option, load, make_folder, out, progress_bar, size, table
+from .console import (
+    COUNT,
+    MAX_COUNT,
+    THREADS,
+    emit_json,
+    err,
+    json_option,
+    load,
+    make_folder,
+    out,
+    progress_bar,
+    size,
+    table,
+)
 
 QUICK_TOKENS = 6_000
 LABELS = {"taylor": "Taylor, fixed state", "softmax": "softmax, key/value cache"}
@@ -30,7 +43,7 @@ LABELS = {"taylor": "Taylor, fixed state", "softmax": "softmax, key/value cache"
 
 @click.command(short_help="Watch the cost of a token as the context grows.")
 @click.option(
-    "--tokens", type=click.IntRange(min=256), default=50_000, show_default=True, help="Bytes of text to read."
+    "--tokens", type=click.IntRange(256, MAX_COUNT), default=50_000, show_default=True, help="Bytes of text to read."
 )
 @click.option(
     "--text", default="stdlib", show_default=True, help="A file, a folder, or a named corpus (its held-out part)."
@@ -38,9 +51,9 @@ LABELS = {"taylor": "Taylor, fixed state", "softmax": "softmax, key/value cache"
 @click.option("--taylor", default="taylor", help="Another Taylor checkpoint.")
 @click.option("--softmax", default="softmax", help="Another softmax checkpoint.")
 @click.option("--out", "folder", type=click.Path(file_okay=False), default="runs/demo", show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=64, show_default=True, help="Decode steps per context.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of the decode steps.")
-@click.option("--continuation", type=click.IntRange(min=1), default=400, show_default=True, help="Bytes to write.")
+@click.option("--steps", type=COUNT, default=64, show_default=True, help="Decode steps per context.")
+@click.option("--threads", type=THREADS, default=1, show_default=True, help="Of the decode steps.")
+@click.option("--continuation", type=COUNT, default=400, show_default=True, help="Bytes to write.")
 @click.option("--quick", is_flag=True, help=f"Only {QUICK_TOKENS:,} bytes of text.")
 @json_option
 def demo(

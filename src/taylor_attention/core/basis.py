@@ -18,7 +18,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import expect
+from ..errors import expect, expect_int, shown
+
+MAX_DEGREE = 62
+"""Higher ones are refused, whatever the head size: 2^63 is beyond an int64, and exp's coefficient there is 3e-86."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -187,6 +190,18 @@ def expand(x: Tensor, degree: int) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def check_degree(head_dim: int, degree: int) -> None:
+    """Refuse a degree that no attention is computed with: multiplicities, which sum to d^p, must fit into an int64.
+
+    What that is for d = 2 counts for d = 1 too.
+    """
+    _check(head_dim, degree)
+    base = max(2, head_dim)
+    if degree > MAX_DEGREE or base**degree >= 2**63:
+        highest = max(p for p in range(MAX_DEGREE + 1) if base**p < 2**63)
+        expect(False, "degree", f"an int <= {highest} at a head size of {head_dim}", shown(degree))
+
+
 def _check(head_dim: int, degree: int) -> None:
-    expect(isinstance(head_dim, int) and head_dim >= 1, "head_dim", "an int >= 1", head_dim)
-    expect(isinstance(degree, int) and degree >= 0, "degree", "an int >= 0", degree)
+    expect_int("head_dim", head_dim, 1)
+    expect_int("degree", degree, 0)

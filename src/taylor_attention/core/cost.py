@@ -13,9 +13,9 @@ from math import comb, isfinite
 
 import torch
 
-from ..errors import expect
+from ..errors import expect, expect_int, shown
 from .basis import feature_count
-from .series import EXP, Series
+from .series import DEGREE_LIMIT, EXP, Series
 from .series import error_bound as bound_error
 from .state import check_reach
 
@@ -42,7 +42,7 @@ def state_size(
         window, sinks, heavy: latest, first and weightiest tokens that are attended to exactly.
     """
     monomials, value_dim = _count_monomials(head_dim, degree), _default(value_dim, head_dim, "value_dim")
-    _expect_int("kv_heads", kv_heads, 1)
+    expect_int("kv_heads", kv_heads, 1)
     check_reach(degree, window, sinks, heavy)
     near = cache_size(window + sinks + heavy, head_dim, value_dim=value_dim, kv_heads=kv_heads)
     return kv_heads * (value_dim + 1) * monomials + near
@@ -99,9 +99,9 @@ def flops_per_token(
 
 def cache_size(context: int, head_dim: int, *, value_dim: int | None = None, kv_heads: int = 1) -> int:
     """Return the elements of a key/value cache of `context` tokens: context * kv_heads * (d_K + d_V)."""
-    _expect_int("context", context, 0)
-    _expect_int("head_dim", head_dim, 1)
-    _expect_int("kv_heads", kv_heads, 1)
+    expect_int("context", context, 0)
+    expect_int("head_dim", head_dim, 1)
+    expect_int("kv_heads", kv_heads, 1)
     return context * kv_heads * (head_dim + _default(value_dim, head_dim, "value_dim"))
 
 
@@ -111,9 +111,9 @@ def cache_flops_per_token(context: int, head_dim: int, *, value_dim: int | None 
     That is the score, the weighted sum, and 3 for the softmax: subtract the maximum, exponentiate, add to the
     normaliser. As in eq. 15, dividing by the normaliser is not counted.
     """
-    _expect_int("context", context, 0)
-    _expect_int("head_dim", head_dim, 1)
-    _expect_int("heads", heads, 1)
+    expect_int("context", context, 0)
+    expect_int("head_dim", head_dim, 1)
+    expect_int("heads", heads, 1)
     return heads * context * (2 * head_dim + 2 * _default(value_dim, head_dim, "value_dim") + 3)
 
 
@@ -147,7 +147,7 @@ def break_even_context(
     Raises:
         ArgumentError: for an argument outside these descriptions.
     """
-    expect(by in ("memory", "flops"), "by", "'memory' or 'flops'", repr(by))
+    expect(by in ("memory", "flops"), "by", "'memory' or 'flops'", shown(by))
     kv_heads = _expect_heads(heads, kv_heads)
     near = {"window": window, "sinks": sinks, "heavy": heavy}
     if by == "flops":
@@ -239,7 +239,7 @@ def plan(
     Raises:
         ArgumentError: for an argument outside these descriptions.
     """
-    _expect_int("layers", layers, 1)
+    expect_int("layers", layers, 1)
     kv_heads, value_dim = _expect_heads(heads, kv_heads), _default(value_dim, head_dim, "value_dim")
     state_dtype = _to_dtype(dtype)
     kept_dtype = state_dtype if cache_dtype is None else _to_dtype(cache_dtype)
@@ -248,6 +248,9 @@ def plan(
     cached_bytes = cache_size(context, head_dim, value_dim=value_dim, kv_heads=kv_heads) * kept_dtype.itemsize
     flops = flops_per_token(head_dim, degree, value_dim=value_dim, heads=heads, kv_heads=kv_heads, **near)
     cache_flops = cache_flops_per_token(context, head_dim, value_dim=value_dim, heads=heads)
+    bound = (
+        None if radius is None else bound_error(radius, degree or 0, series)
+    )  # refuses a radius without a degree too
     break_even = partial(
         break_even_context,
         head_dim,
@@ -285,33 +288,28 @@ def plan(
         cache_flops_per_token=layers * cache_flops,
         break_even_memory=break_even(by="memory"),
         break_even_flops=break_even(by="flops"),
-        error_bound=None if radius is None or degree is None else bound_error(radius, degree, series),
+        error_bound=None if bound is None or degree is None else bound,
     )
 
 
 def _count_monomials(head_dim: int, degree: int | None) -> int:
-    _expect_int("head_dim", head_dim, 1)
+    expect_int("head_dim", head_dim, 1)
     if degree is None:
         return 0
-    _expect_int("degree", degree, 0)
+    expect_int("degree", degree, 0, DEGREE_LIMIT)
     return feature_count(head_dim, degree)
-
-
-def _expect_int(argument: str, value: int, lowest: int) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= lowest
-    expect(valid, argument, f"an int >= {lowest}", repr(value))
 
 
 def _default(value: int | None, otherwise: int, argument: str) -> int:
     if value is None:
         return otherwise
-    _expect_int(argument, value, 1)
+    expect_int(argument, value, 1)
     return value
 
 
 def _expect_heads(heads: int, kv_heads: int | None) -> int:
     """Return the number of key/value heads that goes with these query heads."""
-    _expect_int("heads", heads, 1)
+    expect_int("heads", heads, 1)
     kv_heads = _default(kv_heads, heads, "kv_heads")
     expect(heads % kv_heads == 0, "kv_heads", f"a divisor of heads = {heads}", kv_heads)
     return kv_heads
@@ -320,7 +318,7 @@ def _expect_heads(heads: int, kv_heads: int | None) -> int:
 def _to_dtype(dtype: torch.dtype | str) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     floating = isinstance(found, torch.dtype) and found.is_floating_point
-    expect(floating, "dtype", "a floating-point dtype such as 'float32' or torch.bfloat16", repr(dtype))
+    expect(floating, "dtype", "a floating-point dtype such as 'float32' or torch.bfloat16", shown(dtype))
     assert isinstance(found, torch.dtype)
     return found
 

@@ -202,7 +202,7 @@ class Near:
     def convert(self, device: torch.device, dtype: torch.dtype, wide: torch.dtype) -> Near:
         """The same elsewhere, keys and values in `dtype`, the rest in `wide`."""
         narrow: dict[str, Any] = {name: getattr(self, name).to(wide) for name in _WIDE}
-        moved = replace(self, **narrow).each(lambda x: x.to(device))
+        moved = replace(self, **narrow).each(lambda x: x.to(device, copy=True))
         changed: dict[str, Any] = {name: getattr(moved, name).to(dtype) for name in _TENSORS if name not in _WIDE}
         return replace(moved, **changed)
 
@@ -223,9 +223,15 @@ class Near:
         return cls(*(tensors[_PREFIX + name] for name in _TENSORS))
 
     def check_layout(self, sums: Tensor, head_dim: int, wide: torch.dtype) -> None:
-        """Raise `ValueError` unless shapes and types go with moments [B, Hkv, E, M]."""
+        """Raise `ArgumentError` unless types, shapes and devices go with moments [B, Hkv, E, M]."""
         batch, heads, columns, _ = sums.shape
         rows = {"key": (head_dim,), "value": (columns,), "number": ()}
+        for name, (_, kind) in _TENSORS.items():
+            tensor = getattr(self, name)
+            dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device == sums.device
+            axes = 3 + len(rows[kind])
+            good = dense and tensor.ndim == axes
+            expect(good, _PREFIX + name, f"a dense tensor of {axes} axes on {sums.device}", tensor)
         for name, (slots, kind) in _TENSORS.items():
             tensor, shape = getattr(self, name), (batch, heads, *rows[kind], getattr(self, slots))
             expect(tensor.shape == shape, _PREFIX + name, f"shape {shape}", tuple(tensor.shape))

@@ -11,16 +11,17 @@ chosen when the state is read. A new kernel is its coefficients, by a rule or as
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 
-from ..errors import expect
+from ..errors import LARGEST_INT, expect, expect_bool, expect_int, is_number, shown
 from .roots import real_roots, root_limit, sign_at, to_integers
 
-DEGREE_LIMIT = 4096  # degree_for stops here: at head_dim 2 this is already 8 million monomials
+DEGREE_LIMIT = 4096  # no larger degree is looked at: at head_dim 2 this is already 8 million monomials
 EXP_LIMIT = 700.0  # exp of anything within +-700 is a normal float64
 
 Interval = tuple[float, float]
@@ -37,7 +38,8 @@ class Series:
         lowest_degree: fitted coefficients belong together, so a fit of degree D accepts no degree below D.
 
     Raises:
-        ArgumentError: for terms that are neither a rule nor a non-empty tuple of finite floats.
+        ArgumentError: for terms that are neither a rule nor a non-empty tuple of finite floats, or another field that
+            is not as above.
     """
 
     name: str
@@ -46,8 +48,13 @@ class Series:
     lowest_degree: int = 0
 
     def __post_init__(self) -> None:
-        listed = isinstance(self.terms, tuple) and len(self.terms) > 0 and all(map(_is_finite, self.terms))
-        expect(listed or callable(self.terms), "terms", "a rule p -> c_p or a tuple of finite floats", self.terms)
+        listed = isinstance(self.terms, tuple) and len(self.terms) > 0 and all(map(is_number, self.terms))
+        known = listed or callable(self.terms)
+        expect(known, "terms", "a rule p -> c_p or a tuple of finite floats", "" if known else shown(self.terms))
+        expect(isinstance(self.name, str), "name", "a string", shown(self.name))
+        bounded = self.bound is None or callable(self.bound)
+        expect(bounded, "bound", "(series, radius, degree) -> bound, or None", shown(self.bound))
+        expect_int("lowest_degree", self.lowest_degree, 0)
 
     def coefficients(self, degree: int) -> tuple[float, ...]:
         """Return c_0 .. c_degree in float64.
@@ -55,7 +62,11 @@ class Series:
         Raises:
             ArgumentError: for a degree that is no int >= 0, or that a listed series does not have.
         """
-        return _coefficients(self, degree)  # cached, checks and all: this runs once per decoded token
+        try:
+            return _coefficients(self, degree)  # cached, checks and all: this runs once per decoded token
+        except TypeError:  # perhaps what came cannot be hashed
+            _expect_degree(degree)
+            raise
 
     def is_positive(self, degree: int) -> bool:
         """Tell whether the series cut at `degree` is > 0 on the whole real line (exact: Sturm's theorem)."""
@@ -76,9 +87,13 @@ def polynomial(
     bound: Callable[[Series, float, int], float] | None = None,
 ) -> Series:
     """Return the series with exactly these coefficients c_0, c_1, ...; `error_against_exp` can be its bound."""
-    numeric = all(isinstance(c, (int, float, Fraction)) for c in coefficients)
-    expect(numeric and len(coefficients) > 0, "coefficients", "a non-empty sequence of numbers", coefficients)
-    return Series(name, tuple(float(c) for c in coefficients), bound)
+    try:
+        listed = list(coefficients)
+    except TypeError:
+        listed = []
+    numeric = len(listed) > 0 and all(map(_is_coefficient, listed))
+    expect(numeric, "coefficients", "a non-empty sequence of finite numbers", shown(coefficients))
+    return Series(name, tuple(map(float, listed)), bound)
 
 
 @lru_cache(maxsize=256, typed=True)  # typed: degree 2.0 or True is refused although it equals a cached int
@@ -89,9 +104,10 @@ def _coefficients(series: Series, degree: int) -> tuple[float, ...]:
     expect(series.lowest_degree <= degree <= highest, "degree", offered, degree)
     if not callable(series.terms):
         return tuple(map(float, series.terms[: degree + 1]))
-    values = tuple(float(series.terms(p)) for p in range(degree + 1))
-    expect(all(map(_is_finite, values)), "series", f"finite coefficients up to degree {degree}", values)
-    return values
+    values = tuple(series.terms(p) for p in range(degree + 1))
+    finite = all(map(_is_coefficient, values))
+    expect(finite, "series", f"finite coefficients up to degree {degree}", "" if finite else shown(values))
+    return tuple(map(float, values))
 
 
 # ---- error bounds ----------------------------------------------------------------------------------------------------
@@ -102,6 +118,8 @@ def error_against_exp(series: Series, radius: float, degree: int) -> float:
 
     The error p(s) e^-s - 1 is extreme at the ends or where p' = p, and those points are found exactly.
     """
+    _expect_series(series)
+    expect(is_number(radius) and radius >= 0, "radius", "a finite number >= 0", shown(radius))
     coefficients = series.coefficients(degree)  # before the early return: a bad degree is refused at any radius
     if radius > EXP_LIMIT:
         return math.inf
@@ -200,8 +218,9 @@ def error_bound(radius: float, degree: int, series: Series = EXP) -> float:
     Raises:
         ArgumentError: for a series without a bound, or a radius outside its circle of convergence.
     """
-    _expect_degree(degree)
-    expect(_is_finite(radius) and radius >= 0, "radius", "a finite number >= 0", radius)
+    _expect_degree(degree, LARGEST_INT)
+    expect(is_number(radius) and radius >= 0, "radius", "a finite number >= 0", shown(radius))
+    _expect_series(series)
     expect(series.bound is not None, "series", "a series with an error bound (see Series.bound)", series.name)
     assert series.bound is not None
     return series.bound(series, float(radius), degree)
@@ -213,7 +232,8 @@ def degree_for(radius: float, tolerance: float, series: Series = EXP) -> int:
     Raises:
         ArgumentError: where no degree up to 4,096, or none that a listed series has, is enough.
     """
-    expect(_is_finite(tolerance) and tolerance > 0, "tolerance", "a finite number > 0", tolerance)
+    expect(is_number(tolerance) and tolerance > 0, "tolerance", "a finite number > 0", shown(tolerance))
+    _expect_series(series)
     highest = DEGREE_LIMIT if callable(series.terms) else len(series.terms) - 1
     for degree in range(series.lowest_degree, highest + 1):
         if error_bound(radius, degree, series) <= tolerance:
@@ -238,12 +258,13 @@ def expected_error(std: float, degree: int, *, mean: float = 0.0, series: Series
             sqrt(Pr[Poisson(std^2) > degree]).
 
     Raises:
-        ArgumentError: an argument is not as above.
+        ArgumentError: an argument is not as above, or |mean| + std^2/2 is beyond 700, where exp is no float any more.
     """
+    _expect_normal(mean, std)
+    expect_bool("fitted", fitted)
+    _expect_series(series)
     read = fitted_gaussian(mean, std, degree) if fitted else series
     coefficients = read.coefficients(degree)
-    expect(_is_finite(mean), "mean", "a finite number", mean)
-    expect(_is_finite(std) and std >= 0, "std", "a finite number >= 0", std)
     # Under N(mean + 2 std^2, std^2), whose density is the first one's times e^(2 s), the ratio is E[(1 - p(s) e^-s)^2].
     # The integrand is entire and falls like a normal density, also about `mean`, so equal steps converge at once.
     steps, low, high = 4000, -12.0 - 2 * std, 12.0
@@ -269,10 +290,7 @@ def fitted_gaussian(mean: float, std: float, degree: int) -> Series:
     sqrt(E[(e^s - p)^2] / E[e^2s]) is sqrt(Pr[Poisson(std^2) > degree]). std = 0 gives Taylor's series about the mean.
     """
     _expect_degree(degree)
-    expect(_is_finite(mean), "mean", "a finite number", mean)
-    expect(_is_finite(std) and std >= 0, "std", "a finite number >= 0", std)
-    exponent = abs(mean) + std**2 / 2
-    expect(exponent <= EXP_LIMIT, "mean, std", f"|mean| + std^2/2 <= {EXP_LIMIT:g}, where exp is a float", exponent)
+    _expect_normal(mean, std)
     # Collecting powers of (s - mean), the variance enters only through truncated exponentials of -std^2/2.
     half_variance = Fraction(std) ** 2 / 2
     factor = Fraction(math.exp(mean + std**2 / 2))
@@ -291,8 +309,8 @@ def fitted_chebyshev(low: float, high: float, degree: int) -> Series:
     exp(m + h x) = e^m (I_0(h) + 2 sum_n I_n(h) T_n(x)), with I_n the modified Bessel functions.
     """
     _expect_degree(degree)
-    inside = _is_finite(low) and _is_finite(high) and -EXP_LIMIT <= low < high <= EXP_LIMIT
-    expect(inside, "low, high", f"-{EXP_LIMIT:g} <= low < high <= {EXP_LIMIT:g}", (low, high))
+    inside = is_number(low) and is_number(high) and -EXP_LIMIT <= low < high <= EXP_LIMIT
+    expect(inside, "low, high", f"-{EXP_LIMIT:g} <= low < high <= {EXP_LIMIT:g}", shown((low, high)))
     centre, half = (Fraction(high) + Fraction(low)) / 2, (Fraction(high) - Fraction(low)) / 2
     total, here, after = [Fraction(0)] * (degree + 1), [Fraction(1)], [Fraction(0), Fraction(1)]
     for n in range(degree + 1):
@@ -360,9 +378,23 @@ def _to_float(value: Fraction) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_coefficient(value: object) -> bool:
+    largest = sys.float_info.max
+    return is_number(value) or (isinstance(value, Fraction) and -largest <= value <= largest)
 
 
-def _expect_degree(degree: int) -> None:
-    expect(isinstance(degree, int) and not isinstance(degree, bool) and degree >= 0, "degree", "an int >= 0", degree)
+def _expect_degree(degree: int, most: int = DEGREE_LIMIT) -> None:
+    expect_int("degree", degree, 0, most)
+
+
+def _expect_series(series: Series) -> None:
+    good = isinstance(series, Series)
+    expect(good, "series", "a Series", "" if good else shown(series))
+
+
+def _expect_normal(mean: float, std: float) -> None:
+    """Refuse what is no normal distribution of scores, or one whose scores' exponentials are out of range."""
+    expect(is_number(mean), "mean", "a finite number", shown(mean))
+    expect(is_number(std) and std >= 0, "std", "a finite number >= 0", shown(std))
+    exponent = abs(mean) + std * (std / 2)
+    expect(exponent <= EXP_LIMIT, "mean, std", f"|mean| + std^2/2 <= {EXP_LIMIT:g}, where exp is a float", exponent)

@@ -10,16 +10,15 @@ saved.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from math import isfinite
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import StorageError, expect
-from .basis import expand, feature_count
+from ..errors import ArgumentError, StorageError, expect, expect_int, is_number, shown
+from .basis import check_degree, expand, feature_count
 from .moments import accumulate_, add_compensated, add_compensated_, fade
 from .near import Near, Tokens
 from .ranges import find_excess, find_token_excess
@@ -43,6 +42,9 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+MAX_NEAR = 2**31 - 1
+"""Longer windows are refused: no attention over them comes to an end."""
+
 _FOLD_TOGETHER = 2**22  # elements of the moments that are folded at once
 
 
@@ -59,19 +61,44 @@ def tail_size(head_dim: int, value_dim: int, degree: int | None) -> int:
     return min(64, max(16, 1 << balance.bit_length() - 1 if balance else 16))
 
 
-def check_reach(degree: int | None, window: int, sinks: int, heavy: int = 0) -> None:
-    """Refuse what is no choice of tokens to attend to."""
+def check_reach(degree: int | None, window: int, sinks: int, heavy: int = 0, head_dim: int | None = None) -> None:
+    """Refuse what is no choice of tokens to attend to, or a degree that heads of this size cannot have."""
     for name, size in {"window": window, "sinks": sinks, "heavy": heavy}.items():
-        expect(_is_count(size), name, "an int >= 0", size)
+        expect_int(name, size, 0, MAX_NEAR)
     expect(heavy == 0 or window > 0, "heavy", "0 without a window, in which a token shows its weight", heavy)
     if degree is None:
         expect(window + sinks > 0, "degree", "an int >= 0 (None: only with a window or sinks)", degree)
+    elif head_dim is None:
+        expect_int("degree", degree, 0)
     else:
-        expect(_is_count(degree), "degree", "an int >= 0", degree)
+        check_degree(head_dim, degree)
 
 
-def _is_count(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+def check_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on q . k: the one given, or 1 / sqrt(head_dim)."""
+    if scale is None:
+        return float(head_dim**-0.5)
+    expect(is_number(scale), "scale", "a finite number or None", shown(scale))
+    return float(scale)
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Refuse what is no device of PyTorch, or none that this machine has."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:  # the latter where PyTorch was built without it
+        raise ArgumentError(f"device: expected a device that PyTorch has here, got {shown(device)}") from error
+
+
+def check_indices(indices: Tensor, batch_size: int) -> None:
+    """Refuse what does not select sequences of a batch."""
+    good = isinstance(indices, Tensor) and indices.ndim == 1 and indices.dtype == torch.int64
+    good = good and indices.layout == torch.strided and not indices.is_meta
+    expect(good, "indices", "an int64 tensor [N]", shown(indices))
+    inside = indices.numel() == 0 or (int(indices.min()) >= 0 and int(indices.max()) < batch_size)
+    expect(inside, "indices", f"values in 0..{batch_size - 1}", "" if inside else shown(indices.tolist()))
 
 
 def needed_bytes(
@@ -79,16 +106,18 @@ def needed_bytes(
 ) -> int:
     """Bytes of the moments with their compensation, and of near tokens: window, sinks and heavy ones.
 
-    Rows are batch x key/value heads; a sink has one float64 beside its key and value, the others two.
+    Rows are batch x key/value heads, one for an empty batch; a sink has one float64 beside its key and value, the
+    others two.
     """
     window, sinks, heavy = near
     slots, numbers = sum(near), 2 * window + sinks + 2 * heavy
     elements = 2 * columns * moment_count(head_dim, degree) + slots * (head_dim + columns)
-    return rows * (dtype.itemsize * elements + 8 * numbers)
+    return max(1, rows) * (dtype.itemsize * elements + 8 * numbers)
 
 
 def check_state_bytes(needed: int, allowed: int, degree: int | None) -> None:
     """Refuse a state of more bytes than allowed."""
+    expect_int("max_state_bytes", allowed, 0)
     if needed > allowed:
         expected = f"a degree whose state fits in max_state_bytes={allowed:,} bytes"
         expect(False, "degree", expected, f"{degree}, which needs {needed:,} bytes (raise max_state_bytes to allow it)")
@@ -122,6 +151,7 @@ class State:
     degree: int | None
     scale: float
     near: Near | None = None
+    _fits: bool = field(default=False, init=False, repr=False)
 
     @classmethod
     def zeros(
@@ -152,20 +182,19 @@ class State:
         """
         sizes = {"kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
         for name, size in sizes.items():
-            expect(isinstance(size, int) and size >= 1, name, "an int >= 1", size)
-        expect(isinstance(batch_size, int) and batch_size >= 0, "batch_size", "an int >= 0", batch_size)
-        check_reach(degree, window, sinks, heavy)
-        expect(dtype in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", dtype)
+            expect_int(name, size, 1)
+        expect_int("batch_size", batch_size, 0)
+        check_reach(degree, window, sinks, heavy, head_dim)
+        expect(dtype in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", shown(dtype))
+        scale = check_scale(scale, head_dim)
+        check_device(device)
         columns = value_dim + 1
         shape = (batch_size, kv_heads, columns, moment_count(head_dim, degree))
         needed = needed_bytes(batch_size * kv_heads, head_dim, columns, degree, (window, sinks, heavy), dtype)
         check_state_bytes(needed, max_state_bytes, degree)
         sums = torch.zeros(shape, dtype=dtype, device=device)
         tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        scale = head_dim**-0.5 if scale is None else scale
-        number = isinstance(scale, int | float) and not isinstance(scale, bool) and isfinite(scale)
-        expect(number, "scale", "a finite number or None", repr(scale))
-        state = cls.from_sums(sums, torch.zeros_like(sums), tokens, None, head_dim, degree, float(scale))
+        state = cls.from_sums(sums, torch.zeros_like(sums), tokens, None, head_dim, degree, scale)
         if window or sinks:
             state.near = Near.zeros(sums, state.log_decay, head_dim, window, sinks, heavy)
         return state
@@ -412,8 +441,8 @@ class State:
         return self._each(lambda tensor: tensor.clone())
 
     def detach(self) -> State:
-        """The same state without its gradient history."""
-        return self._each(lambda tensor: tensor.detach())
+        """An independent copy without the gradient history."""
+        return self._each(lambda tensor: tensor.detach().clone())
 
     def select(self, indices: Tensor) -> State:
         """The sequences at these places of the batch (int64 [N], repeats allowed), a new state: for beams and batches.
@@ -421,27 +450,24 @@ class State:
         Raises:
             ArgumentError: indices are not a one-dimensional int64 tensor within the batch.
         """
-        good = isinstance(indices, Tensor) and indices.ndim == 1 and indices.dtype == torch.int64
-        got = (tuple(indices.shape), indices.dtype) if isinstance(indices, Tensor) else type(indices).__name__
-        expect(good, "indices", "an int64 tensor [N]", got)
-        inside = indices.numel() == 0 or (int(indices.min()) >= 0 and int(indices.max()) < self.batch_size)
-        expect(inside, "indices", f"values in 0..{self.batch_size - 1}", indices.tolist())
+        check_indices(indices, self.batch_size)
         return self._each(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
-        """The same state elsewhere, or with its moments in float32 / float64.
+        """An independent copy elsewhere, or with its moments in float32 / float64.
 
         Raises:
-            ArgumentError: another dtype, or one that cannot hold the moments.
+            ArgumentError: another dtype, or one that cannot hold the moments, or no device.
         """
         wanted = self.dtype if dtype is None else dtype
-        expect(wanted in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", wanted)
+        expect(wanted in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", shown(wanted))
+        check_device(device)
         target = self.device if device is None else torch.device(device)
         narrow: dict[str, Any] = {
             name: getattr(self, name).to(wide_dtype(target)) for name in ("log_decay", "tail_log_decay")
         }
         near = None if self.near is None else self.near.convert(target, wanted, wide_dtype(target))
-        moved = replace(self, near=None, **narrow)._each(lambda tensor: tensor.to(target))
+        moved = replace(self, near=None, **narrow)._each(lambda tensor: tensor.to(target, copy=True))
         changed: dict[str, Any] = {name: getattr(moved, name).to(wanted) for name in _TENSORS if name not in _OWN_DTYPE}
         converted = replace(moved, near=near, **changed)
         excess = converted.excess() if wanted != self.dtype else ""
@@ -479,8 +505,27 @@ class State:
             raise StorageError(f"state: expected the tensors and metadata of a State, got {error}") from error
         return state
 
+    def check_layout(self) -> None:
+        """Raise `ArgumentError` for a state put together by hand whose parts do not fit; each is looked at once."""
+        if not self._fits:
+            self._check_layout()
+            self._fits = True
+
     def _check_layout(self) -> None:
-        """Raise `ValueError` unless shapes and types are those of a state of this degree."""
+        """Raise `ArgumentError` unless types, shapes and devices are those of a state of this degree."""
+        for name in _TENSORS:
+            tensor = getattr(self, name)
+            dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            expect(dense, name, "a dense tensor", tensor)
+            expect(tensor.device == self.device, name, f"a tensor on {self.device}, as sums is", str(tensor.device))
+        for name in ("sums", "tail_key"):
+            expect(getattr(self, name).ndim == 4, name, "four axes", tuple(getattr(self, name).shape))
+        expect(self.near is None or isinstance(self.near, Near), "near", "a Near or None", type(self.near))
+        if self.degree is not None:
+            check_degree(self.head_dim, self.degree)
+        expect_int("tail_length", self.tail_length, 0)
+        own = self.tensors().values()
+        expect(len({id(x) for x in own}) == len(own), "state", "a tensor of its own in each place", "one in several")
         batch, heads, columns, features = self.sums.shape
         head_dim, width = self.head_dim, self.tail_key.shape[3]
         sizes = {"heads": heads, "head_dim": head_dim, "columns": columns, "degree + 1": (self.degree or 0) + 1}
@@ -506,7 +551,7 @@ class State:
                 getattr(self, name).dtype == wanted.get(name, self.dtype), name, "its dtype", getattr(self, name).dtype
             )
         expect(0 <= self.tail_length <= width, "tail_length", f"0..{width}", self.tail_length)
-        expect(isfinite(self.scale), "scale", "a finite number", self.scale)
+        expect(is_number(self.scale), "scale", "a finite number", shown(self.scale))
         if self.near is not None:
             self.near.check_layout(self.sums, head_dim, wide)
 
@@ -543,7 +588,7 @@ class State:
             StorageError: the file cannot be written, or the state holds what `load` would refuse, as NaN; what stood
                 there before still stands.
         """
-        state = self.detach().to("cpu")
+        state = self._each(lambda tensor: tensor.detach()).to("cpu")
         tensors, metadata = state.tensors(), state.metadata()
         State.from_tensors(tensors, metadata)  # refuses what could not be read again
         write_tensors(path, tensors, kind=KIND, metadata=metadata)

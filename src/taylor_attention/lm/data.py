@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, MissingDependencyError, expect
+from ..errors import ArgumentError, MissingDependencyError, StorageError, expect, expect_int, is_number, shown
+from ..ops.validation import expect_tensor
 
 SEPARATOR = b"\n\n"
 """What stands between two documents."""
@@ -51,7 +52,8 @@ def load_split(
     Raises:
         ArgumentError: as `load_documents`, or the fraction is not between 0 and 1.
     """
-    expect(0 < validation_fraction < 1, "validation_fraction", "a number between 0 and 1", validation_fraction)
+    between = is_number(validation_fraction) and 0 < validation_fraction < 1
+    expect(between, "validation_fraction", "a number between 0 and 1", shown(validation_fraction))
     training, validation = [], []
     for documents in _by_source(sources):
         kept, held_out = _hold_out(documents, validation_fraction)
@@ -68,13 +70,15 @@ def load_documents(sources: str | os.PathLike[str] | Sequence[str]) -> list[Docu
 
     Raises:
         ArgumentError: a source is none of these, or holds no text.
+        StorageError: a file cannot be read.
         MissingDependencyError: the package that carries the named corpus is not installed.
     """
     return [document for documents in _by_source(sources) for document in documents]
 
 
 def to_tensor(text: bytes) -> Tensor:
-    """The bytes as uint8 [N]."""
+    """The bytes as uint8 [N]; ArgumentError if there are none."""
+    expect(isinstance(text, bytes | bytearray), "text", "bytes", type(text))
     expect(len(text) > 0, "text", "at least one byte", len(text))
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
@@ -85,8 +89,11 @@ def sample_batch(data: Tensor, batch_size: int, length: int, *, seed: int, step:
     A function of (seed, step) alone, so that a resumed run sees the batches that it would have seen.
 
     Raises:
-        ArgumentError: the data is shorter than one window.
+        ArgumentError: the data is shorter than one window, or an argument is not as above.
     """
+    expect_bytes("data", data)
+    expect_int("batch_size", batch_size, 0)
+    expect_int("length", length, 1)
     expect(len(data) > length, "data", f"more than sequence_length = {length} bytes", len(data))
     digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()  # seeds in sequence would give correlated streams
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -95,8 +102,17 @@ def sample_batch(data: Tensor, batch_size: int, length: int, *, seed: int, step:
     return windows[:, :-1], windows[:, 1:]
 
 
+def expect_bytes(name: str, data: Tensor) -> None:
+    """Refuse what is no text as `to_tensor` gives it."""
+    expect_tensor(name, data, 1, "[N] of bytes")
+    expect(data.dtype == torch.uint8 and not data.is_meta, name, "a tensor of dtype torch.uint8", data)
+
+
 def _by_source(sources: str | os.PathLike[str] | Sequence[str]) -> list[list[Document]]:
     """The documents of each source, without empty ones and without texts that came before."""
+    one = isinstance(sources, (str, os.PathLike))
+    good = one or (isinstance(sources, Sequence) and all(isinstance(source, (str, os.PathLike)) for source in sources))
+    expect(good, "data", "a file, a folder, a corpus, or several of them", shown(sources))
     listed = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
     expect(len(listed) > 0, "data", "at least one file, folder or corpus", listed)
     seen: set[bytes] = set()
@@ -117,13 +133,20 @@ def _read_source(source: str) -> Iterator[Document]:
     path = Path(source)
     if source in CORPORA:
         yield from CORPORA[source]()
-    elif path.is_file():
-        yield Document(path.name, path.read_bytes())
-    elif path.is_dir():
+    elif os.path.isfile(source):  # Path.is_file raises OSError for names too long to be one
+        yield Document(path.name, _read(path))
+    elif source and os.path.isdir(source):
         yield from _read_folder(path, path.name, "*")
     else:
         names = ", ".join(sorted(CORPORA))
-        raise ArgumentError(f"data: expected a file, a folder or one of {names}, got {source!r}")
+        raise ArgumentError(f"data: expected a file, a folder or one of {names}, got {shown(source)}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _read_folder(folder: Path, prefix: str, pattern: str, skip: set[str] | None = None) -> Iterator[Document]:
@@ -133,7 +156,7 @@ def _read_folder(folder: Path, prefix: str, pattern: str, skip: set[str] | None 
         hidden = any(part.startswith(".") or part in (skip or ()) for part in parts)
         if hidden or not path.is_file() or path.stat().st_size > LARGEST_FILE:
             continue
-        text = path.read_bytes()
+        text = _read(path)
         if _is_text(text):
             yield Document("/".join((prefix, *parts)), text)
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import expect
+from ..errors import ArgumentError, expect, expect_int, shown
 from ..nn.transformer import LanguageModel
-from .data import to_tensor
+from ..ops.validation import expect_tensor
+from .data import expect_bytes, to_tensor
+from .generation import expect_model
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,18 @@ def evaluate(
         batch_size: windows computed at once; the result does not depend on it beyond rounding.
 
     Raises:
-        ArgumentError: the text is shorter than two bytes.
+        ArgumentError: the text is shorter than two bytes, or an argument is not as above.
     """
-    text = to_tensor(data) if isinstance(data, bytes) else data
+    expect_model(model)
+    counts = {
+        "sequence_length": sequence_length,
+        "windows": 1 if windows is None else windows,
+        "batch_size": batch_size,
+    }
+    for name, number in counts.items():
+        expect_int(name, number, 1)
+    text = data if isinstance(data, Tensor) else to_tensor(data)
+    expect_bytes("data", text)
     expect(len(text) >= 2, "data", "at least two bytes", len(text))
     length = min(sequence_length, len(text) - 1)
     available = (len(text) - 1) // length
@@ -64,4 +75,13 @@ def evaluate(
 
 def next_byte_loss(model: LanguageModel, inputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
     """Cross-entropy, in nats, of targets [B, T] under the model's predictions for inputs [B, T]; "mean" or "sum"."""
-    return functional.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+    expect(reduction in ("mean", "sum"), "reduction", "'mean' or 'sum'", shown(reduction))
+    expect_model(model)
+    expect_tensor("targets", targets, 2, "[B, T]")
+    logits = model(inputs)
+    expect(targets.shape == inputs.shape, "targets", f"shape {tuple(inputs.shape)} as inputs", tuple(targets.shape))
+    expect(targets.dtype == torch.int64, "targets", "dtype torch.int64", targets.dtype)
+    try:
+        return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+    except IndexError as error:
+        raise ArgumentError(f"targets: expected values in 0..{logits.shape[2] - 1}, got others") from error

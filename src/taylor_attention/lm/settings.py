@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ArgumentError, expect
+from ..errors import ArgumentError, expect, expect_int, is_number, shown
 from ..nn.transformer import ModelConfig
+from .threads import MAX_THREADS
 
 
 @dataclass(frozen=True)
@@ -52,21 +53,26 @@ class TrainingConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        expect(isinstance(self.data, tuple), "data", "a tuple of names", repr(self.data))
+        good = isinstance(self.data, tuple) and all(isinstance(name, str) for name in self.data)
+        expect(good, "data", "a tuple of names", shown(self.data))
+        named = isinstance(self.out, str) and self.out != "" and "\0" not in self.out
+        expect(named, "out", "the name of a folder", shown(self.out))
         expect(len(self.data) > 0, "data", "at least one file, folder or corpus", self.data)
         for name in ("steps", "batch_size", "sequence_length", "eval_interval", "eval_windows", "checkpoint_interval"):
-            _expect_int(name, getattr(self, name), 1)
-        _expect_int("warmup_steps", self.warmup_steps, 0)
-        _expect_int("seed", self.seed, 0)
+            expect_int(name, getattr(self, name), 1)
+        read = self.batch_size * self.sequence_length
+        expect(read < 2**31, "batch_size", "batch_size * sequence_length below 2^31 bytes in a step", read)
+        expect_int("warmup_steps", self.warmup_steps, 0)
+        expect_int("seed", self.seed, 0)
         if self.threads is not None:
-            _expect_int("threads", self.threads, 1)
+            expect_int("threads", self.threads, 1, MAX_THREADS)
         for name in ("learning_rate", "gradient_clip"):
             _expect_number(name, getattr(self, name), "a number > 0", lambda x: x > 0)
         _expect_number("weight_decay", self.weight_decay, "a number >= 0", lambda x: x >= 0)
         fraction = self.final_learning_rate_fraction
         _expect_number("final_learning_rate_fraction", fraction, "a number from 0 to 1", lambda x: 0 <= x <= 1)
         _expect_number("validation_fraction", self.validation_fraction, "a number between 0 and 1", lambda x: 0 < x < 1)
-        expect(isinstance(self.model, ModelConfig), "model", "a ModelConfig", type(self.model).__name__)
+        expect(isinstance(self.model, ModelConfig), "model", "a ModelConfig", type(self.model))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -75,17 +81,21 @@ class TrainingConfig:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> TrainingConfig:
         """The settings that `to_dict` gave; raises ArgumentError for a name or value that is none of ours."""
+        expect(isinstance(values, Mapping), "training configuration", "names and values", shown(values))
         known = {field.name for field in dataclasses.fields(TrainingConfig)}
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ArgumentError(f"training configuration: expected names among {sorted(known)}, got {unknown}")
         rest = {name: value for name, value in values.items() if name not in ("model", "data")}
         model = ModelConfig.from_dict(values.get("model", {}))
-        return TrainingConfig(model=model, data=tuple(values.get("data", ("stdlib",))), **rest)
+        data = values.get("data", ("stdlib",))
+        return TrainingConfig(model=model, data=tuple(data) if isinstance(data, list) else data, **rest)
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """The rate of step 1..steps: a linear rise over the warmup, then a cosine down to its final fraction."""
+    expect(isinstance(config, TrainingConfig), "config", "a TrainingConfig", type(config))
+    expect_int("step", step, 1)
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -93,11 +103,5 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     return config.learning_rate * (fraction + (1 - fraction) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _expect_int(name: str, value: object, least: int) -> None:
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    expect(good, name, f"an int >= {least}", repr(value))
-
-
 def _expect_number(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and holds(value)
-    expect(good, name, expected, repr(value))
+    expect(is_number(value) and holds(value), name, expected, shown(value))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 
 from ..core.locks import locked
 from ..core.storage import read_tensors, write_text
-from ..errors import StorageError, TaylorAttentionError, expect
+from ..errors import StorageError, TaylorAttentionError, expect, expect_bool, shown
 from ..nn.transformer import LanguageModel
 from .checkpoint import KIND as MODEL_KIND
 from .checkpoint import save_checkpoint
@@ -74,6 +75,9 @@ def train(
         StorageError: a file cannot be written, the checkpoint cannot be trusted, or another process trains there.
         TrainingDivergedError: the loss or its gradient is not finite; the last checkpoint stands.
     """
+    expect(isinstance(config, TrainingConfig), "config", "a TrainingConfig", type(config))
+    expect_bool("resume", resume)
+    expect(progress is None or callable(progress), "progress", "a function of a Progress, or None", shown(progress))
     with thread_count(config.threads):
         run = _Run(config)
         run.find_folder(resume)
@@ -98,8 +102,9 @@ def saved_config(out: str | Path) -> TrainingConfig:
         ArgumentError: the folder holds no run.
         StorageError: its file cannot be trusted.
     """
+    expect(isinstance(out, str | Path), "out", "the name of a folder", shown(out))
     path = Path(out) / _FILE
-    expect(path.exists(), "resume", "a folder that holds a run", out)
+    expect(os.path.exists(path), "resume", "a folder that holds a run", str(out))
     try:
         return TrainingConfig.from_dict(json.loads(read_metadata(path)["settings"]))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -143,7 +148,7 @@ class _Run:
     def find_folder(self, resume: bool) -> None:
         """Make the folder of a new run, or expect the run that is to be resumed."""
         if resume:
-            expect((self.folder / _FILE).exists(), "resume", "a folder that holds a run", self.folder)
+            expect(os.path.exists(self.folder / _FILE), "resume", "a folder that holds a run", str(self.folder))
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.state import State, check_reach
-from ..errors import expect
+from ..errors import expect, expect_bool
 from ..ops.attention import attention
 from ..ops.decode import decode_
-from ..ops.validation import check_reading
+from ..ops.validation import check_reading, expect_state
 from .cache import KeyValueCache
 from .layer import Attention, Heads
 from .rotary import Rotation
@@ -55,7 +55,7 @@ class TaylorAttention(Attention):
         **options: Any,
     ) -> None:
         super().__init__(d_model, num_heads, num_kv_heads, head_dim, value_dim, **options)
-        check_reach(degree, window, sinks, heavy)
+        check_reach(degree, window, sinks, heavy, self.head_dim)
         expect(self.causal or window + sinks == 0, "causal", "True with a window or sinks", self.causal)
         check_reading(reading, None, self.causal)
         check_center_keys(center_keys)
@@ -82,6 +82,12 @@ class TaylorAttention(Attention):
             dtype=torch.promote_types(weight.dtype, torch.float32) if dtype is None else dtype,
             device=weight.device if device is None else device,
         )
+
+    def _check_own(self, state: State) -> None:
+        wanted = (self.degree, self.window, self.sinks, self.heavy, self.scale)
+        got = (state.degree, state.window, state.sinks, state.heavy, state.scale)
+        expect(got == wanted, "state", f"(degree, window, sinks, heavy, scale) = {wanted}", got)
+        expect_state(state)
 
     def _project(
         self, x: Tensor, state: Any, key_padding_mask: Tensor | None, rotation: Rotation | None = None
@@ -123,7 +129,7 @@ class TaylorAttention(Attention):
 
 def check_center_keys(center_keys: bool) -> None:
     """Raise ArgumentError for what is neither True nor False."""
-    expect(isinstance(center_keys, bool), "center_keys", "a bool", repr(center_keys))
+    expect_bool("center_keys", center_keys)
 
 
 def check_far_gain(far_gain: bool, degree: int | None, window: int, sinks: int) -> None:
@@ -152,6 +158,12 @@ class SoftmaxAttention(Attention):
             dtype=weight.dtype if dtype is None else dtype,
             device=weight.device if device is None else device,
         )
+
+    def _check_own(self, state: KeyValueCache) -> None:
+        wanted, got = self.decay is not None, state.decay_buffer is not None
+        expect(got == wanted, "state", f"a cache {'with' if wanted else 'without'} decays, as this layer", "the other")
+        dtype, kept = self.key.weight.dtype, state.key_buffer.dtype
+        expect(torch.is_autocast_enabled(state.device.type) or kept == dtype, "state", f"a cache in {dtype}", kept)
 
     def _mix(
         self, heads: Heads, state: KeyValueCache | None, return_state: bool

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..core.state import check_device, check_indices
 from ..core.values import check_finite, check_log_decay
-from ..errors import ArgumentError, StorageError, expect
+from ..errors import ArgumentError, StorageError, expect, expect_bool, expect_int, shown
+from ..ops.validation import expect_tensor
 
 _FIRST_CAPACITY = 64
 _TYPE = "key-value-cache"
+_AXES = {"key": 4, "value": 4, "log_decay": 3, "key_padding_mask": 2}
 
 
 @dataclass(eq=False)
@@ -48,7 +51,13 @@ class KeyValueCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> KeyValueCache:
-        """An empty cache for `batch_size` sequences."""
+        """An empty cache for `batch_size` sequences; ArgumentError for sizes, a dtype or a device that are none."""
+        expect_int("batch_size", batch_size, 0)
+        for name, size in {"kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}.items():
+            expect_int(name, size, 1)
+        expect_bool("decay", decay)
+        _expect_float(dtype)
+        check_device(device)
         slots = (batch_size, kv_heads, _FIRST_CAPACITY)
         return KeyValueCache(
             tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
@@ -77,6 +86,11 @@ class KeyValueCache:
     def cumulative_decay(self) -> Tensor | None:
         """float64 [B, Hkv, length], a view; None without decay."""
         return None if self.decay_buffer is None else self.decay_buffer[:, :, : self.length]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lies."""
+        return self.tokens.device
 
     @property
     def batch_size(self) -> int:
@@ -110,7 +124,12 @@ class KeyValueCache:
         return sum(tensor.nbytes for tensor in self._all().values())
 
     def append_(self, key: Tensor, value: Tensor, log_decay: Tensor | None, key_padding_mask: Tensor | None) -> None:
-        """Append n tokens in place: key [B, Hkv, n, d], value [B, Hkv, n, d_V], log_decay [B, Hkv, n], mask [B, n]."""
+        """Append n tokens in place: key [B, Hkv, n, d], value [B, Hkv, n, d_V], log_decay [B, Hkv, n], mask [B, n].
+
+        Raises:
+            ArgumentError: one of them is of another shape; the cache is unchanged.
+        """
+        self._check(key, value, log_decay, key_padding_mask)
         end = self.length + key.shape[2]
         decay = self._continue_decay(log_decay)
         if end > self.key_buffer.shape[2]:
@@ -129,6 +148,7 @@ class KeyValueCache:
         self, key: Tensor, value: Tensor, log_decay: Tensor | None, key_padding_mask: Tensor | None
     ) -> KeyValueCache:
         """A new cache with n more tokens, through which gradients flow; this one is unchanged. As `append_`."""
+        self._check(key, value, log_decay, key_padding_mask)
         count = key.shape[2]
         mask = key.new_ones(self.batch_size, count, dtype=torch.bool) if key_padding_mask is None else key_padding_mask
         past, decay = self.cumulative_decay, self._continue_decay(log_decay)
@@ -147,16 +167,20 @@ class KeyValueCache:
         return self._map(Tensor.clone)
 
     def detach(self) -> KeyValueCache:
-        """The same values without their graph; memory is shared."""
-        return self._map(Tensor.detach)
+        """An independent copy without the graph."""
+        return self._map(lambda tensor: tensor.detach().clone())
 
     def select(self, indices: Tensor) -> KeyValueCache:
         """The sequences at `indices` int64 [N] of the batch, in that order, as an independent copy."""
+        check_indices(indices, self.batch_size)
         return self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KeyValueCache:
-        """Move the cache; `dtype` changes keys and values only, since counts and decays need theirs."""
-        moved = self._map(lambda tensor: tensor.to(device=device))
+        """An independent copy elsewhere; `dtype` changes keys and values only, since counts and decays need theirs."""
+        check_device(device)
+        if dtype is not None:
+            _expect_float(dtype)
+        moved = self._map(lambda tensor: tensor.to(device=device, copy=True))
         keys, values = moved.key_buffer.to(dtype=dtype), moved.value_buffer.to(dtype=dtype)
         return replace(moved, key_buffer=keys, value_buffer=values)
 
@@ -200,6 +224,24 @@ class KeyValueCache:
             padded=not bool(attended.all()),
         )
 
+    def _check(self, key: Tensor, value: Tensor, log_decay: Tensor | None, mask: Tensor | None) -> None:
+        """Raise ArgumentError unless these are tokens for this cache."""
+        optional = {"log_decay": log_decay, "key_padding_mask": mask}
+        given = {"key": key, "value": value} | {name: x for name, x in optional.items() if x is not None}
+        for name, x in given.items():
+            expect_tensor(name, x, _AXES[name], "for this cache")
+            expect(x.device == self.device, name, f"a tensor on {self.device}, as the cache is", str(x.device))
+        start, count = (self.batch_size, self.kv_heads), key.shape[2]
+        shapes: dict[str, tuple[int, ...]] = {
+            "key": (*start, count, self.head_dim),
+            "value": (*start, count, self.value_dim),
+            "log_decay": (*start, count),
+            "key_padding_mask": (self.batch_size, count),
+        }
+        for name, x in given.items():
+            expect(x.shape == shapes[name], name, f"shape {shapes[name]}", tuple(x.shape))
+        expect(mask is None or mask.dtype == torch.bool, "key_padding_mask", "dtype torch.bool", mask)
+
     def _all(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in ("tokens", "key_buffer", "value_buffer", "attended_buffer")}
         return named if self.decay_buffer is None else {**named, "decay_buffer": self.decay_buffer}
@@ -234,6 +276,11 @@ class KeyValueCache:
             return None
         sums = log_decay.double().cumsum(-1)
         return sums + past[:, :, -1:] if self.length else sums
+
+
+def _expect_float(dtype: torch.dtype) -> None:
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    expect(floating, "dtype", "a floating-point dtype", shown(dtype))
 
 
 def _check_fit(tensors: Mapping[str, Tensor]) -> None:

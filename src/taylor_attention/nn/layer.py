@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import expect
+from ..errors import expect, expect_bool, expect_int, is_number, shown
+from ..ops.validation import expect_tensor
 from .decay import Decay
 from .norm import RMSNorm
 from .rotary import Rotation, positions, rotate, rotation
+
+MAX_WIDTH = 2**20
+"""Of anything in a model; what is asked to be wider was not meant."""
 
 
 class Heads(NamedTuple):
@@ -64,8 +68,11 @@ class Attention(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
+        for name, flag in {"qk_norm": qk_norm, "rope": rope, "bias": bias, "causal": causal}.items():
+            expect_bool(name, flag)
         check_decay(decay, causal)
-        expect(scale is None or scale > 0, "scale", "a number > 0", scale)
+        check_rope_base(rope_base)
+        expect(scale is None or (is_number(scale) and scale > 0), "scale", "a number > 0", shown(scale))
         self.d_model, self.num_heads = d_model, num_heads
         sizes = resolve_sizes(d_model, num_heads, num_kv_heads, head_dim, value_dim, rope)
         self.num_kv_heads, self.head_dim, self.value_dim = sizes
@@ -104,7 +111,8 @@ class Attention(nn.Module):
         Raises:
             ArgumentError: the input or the state does not fit this layer.
         """
-        self._check(x, state, key_padding_mask)
+        self._check(x, state, key_padding_mask, rotation)
+        expect_bool("return_state", return_state)
         mixed, after = self._mix(self._project(x, state, key_padding_mask, rotation), state, return_state)
         y = self._merge_heads(mixed)
         return (y, after) if return_state else y
@@ -119,7 +127,7 @@ class Attention(nn.Module):
         """
         expect(self.causal, "decode_", "a causal layer", "causal=False")
         expect(state is not None, "state", "a state, from new_state(batch_size)", None)
-        self._check(x, state, key_padding_mask)
+        self._check(x, state, key_padding_mask, rotation)
         return self._merge_heads(self._mix_(self._project(x, state, key_padding_mask, rotation), state))
 
     def rotation(self, x: Tensor, *, state: Any = None, key_padding_mask: Tensor | None = None) -> Rotation | None:
@@ -144,18 +152,44 @@ class Attention(nn.Module):
         """Weigh values by scores, y [B, Hq, n, d_V], and append the tokens to `state` in place."""
         raise NotImplementedError
 
-    def _check(self, x: Tensor, state: Any, mask: Tensor | None) -> None:
-        expect(x.ndim == 3 and x.shape[-1] == self.d_model, "x", f"shape [B, T, {self.d_model}]", tuple(x.shape))
+    def check_state(self, state: Any, sequences: int) -> None:
+        """Raise ArgumentError unless a state is one that this layer can go on with, for so many sequences."""
+        kind = self._state_type
+        expect(isinstance(state, kind), "state", f"a {kind.__name__} from new_state", type(state).__name__)
+        wanted = (sequences, self.num_kv_heads, self.head_dim, self.value_dim)
+        got = (state.batch_size, state.kv_heads, state.head_dim, state.value_dim)
+        expect(got == wanted, "state", f"(sequences, kv heads, head_dim, value_dim) = {wanted}", got)
+        device = self.key.weight.device
+        expect(state.device == device, "state", f"the layer's device {device}", str(state.device))
+        self._check_own(state)
+
+    def _check_own(self, state: Any) -> None:
+        """As `check_state`, for what only this kind of state has."""
+        raise NotImplementedError
+
+    def _check(self, x: Tensor, state: Any, mask: Tensor | None, rotation: Rotation | None = None) -> None:
+        weight = self.query.weight
+        expect_tensor("x", x, 3, f"[B, T, {self.d_model}]")
+        expect(x.shape[-1] == self.d_model, "x", f"shape [B, T, {self.d_model}]", tuple(x.shape))
+        expect(x.device == weight.device, "x", f"the layer's device {weight.device}", str(x.device))
+        cast = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+        expect(cast or x.dtype == weight.dtype, "x", f"the layer's dtype {weight.dtype}", x.dtype)
         if mask is not None:
-            fits = mask.dtype == torch.bool and mask.shape == x.shape[:2]
+            expect_tensor("key_padding_mask", mask, 2, "[B, T]")
             expected = f"torch.bool {list(x.shape[:2])}, as x"
-            expect(fits, "key_padding_mask", expected, f"{mask.dtype} {list(mask.shape)}")
+            fits = mask.dtype == torch.bool and mask.shape == x.shape[:2] and mask.device == x.device
+            expect(fits, "key_padding_mask", expected, f"{mask.dtype} {list(mask.shape)} on {mask.device}")
         if state is not None:
-            kind = self._state_type
-            expect(isinstance(state, kind), "state", f"a {kind.__name__} from new_state", type(state).__name__)
-            wanted = (x.shape[0], self.num_kv_heads, self.head_dim, self.value_dim)
-            got = (state.batch_size, state.kv_heads, state.head_dim, state.value_dim)
-            expect(got == wanted, "state", f"(sequences, kv heads, head_dim, value_dim) = {wanted}", got)
+            self.check_state(state, x.shape[0])
+        if rotation is not None:
+            shapes = (
+                [each.shape[-2:] for each in rotation if isinstance(each, Tensor)]
+                if isinstance(rotation, tuple)
+                else []
+            )
+            expect(
+                shapes == [(x.shape[1], self.head_dim)] * 2, "rotation", "what `rotation` gives here", type(rotation)
+            )
 
     def _rotation(self, x: Tensor, state: Any, key_padding_mask: Tensor | None) -> Rotation | None:
         if self.rope_base is None:
@@ -188,8 +222,13 @@ def _split_heads(x: Tensor, width: int) -> Tensor:
 
 def check_decay(decay: str | None, causal: bool = True) -> None:
     """Raise ArgumentError for a decay that is none of ours."""
-    expect(decay in (None, "head", "token"), "decay", "None, 'head' or 'token'", repr(decay))
-    expect(causal or decay is None, "decay", "None in a layer that is not causal", repr(decay))
+    expect(decay in (None, "head", "token"), "decay", "None, 'head' or 'token'", shown(decay))
+    expect(causal or decay is None, "decay", "None in a layer that is not causal", shown(decay))
+
+
+def check_rope_base(rope_base: float) -> None:
+    """Raise ArgumentError for what is no base of wavelengths."""
+    expect(is_number(rope_base) and rope_base > 0, "rope_base", "a number > 0", shown(rope_base))
 
 
 def resolve_sizes(
@@ -204,7 +243,7 @@ def resolve_sizes(
 
 
 def _check_size(name: str, size: int) -> int:
-    expect(isinstance(size, int) and not isinstance(size, bool) and size >= 1, name, "an int >= 1", repr(size))
+    expect_int(name, size, 1, MAX_WIDTH)
     return size
 
 

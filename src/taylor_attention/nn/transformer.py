@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.state import State, check_reach
-from ..errors import ArgumentError, expect
-from ..ops.validation import check_reading
+from ..errors import ArgumentError, expect, expect_bool, expect_int, is_number, shown
+from ..ops.validation import check_reading, expect_tensor
 from .attention import SoftmaxAttention, TaylorAttention, check_center_keys, check_far_gain
 from .cache import KeyValueCache
-from .layer import check_decay, resolve_sizes
+from .layer import MAX_WIDTH, check_decay, check_rope_base, resolve_sizes
 from .norm import RMSNorm
+
+MAX_LAYERS = 2**12
+"""More of them were not meant."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,22 @@ class ModelConfig:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers"):
-            size = getattr(self, name)
-            expect(isinstance(size, int) and size >= 1, name, "an int >= 1", repr(size))
-        expect(self.attention in ("taylor", "softmax"), "attention", "'taylor' or 'softmax'", repr(self.attention))
-        expect(
-            isinstance(self.mlp_ratio, (int, float)) and self.mlp_ratio > 0, "mlp_ratio", "a number > 0", self.mlp_ratio
-        )
-        check_reach(self.degree, self.window, self.sinks, self.heavy)
+        expect_int("vocab_size", self.vocab_size, 1, MAX_WIDTH)
+        expect_int("num_layers", self.num_layers, 1, MAX_LAYERS)
+        for name in ("qk_norm", "rope"):
+            expect_bool(name, getattr(self, name))
+        expect(self.attention in ("taylor", "softmax"), "attention", "'taylor' or 'softmax'", shown(self.attention))
+        check_rope_base(self.rope_base)
         check_reading(self.reading, None, True)
         check_center_keys(self.center_keys)
         check_far_gain(self.far_gain, self.degree, self.window, self.sinks)
         check_decay(self.decay)
-        resolve_sizes(self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim, self.rope)
+        sizes = (self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim, self.rope)
+        _, head_dim, _ = resolve_sizes(*sizes)
+        check_reach(self.degree, self.window, self.sinks, self.heavy, head_dim)
+        expect(is_number(self.mlp_ratio) and self.mlp_ratio > 0, "mlp_ratio", "a number > 0", shown(self.mlp_ratio))
+        fits = 1 <= self.mlp_ratio * self.d_model < MAX_WIDTH + 1
+        expect(fits, "mlp_ratio", f"an MLP 1 to {MAX_WIDTH:,} wide at d_model = {self.d_model}", self.mlp_ratio)
 
     def build_attention(self) -> TaylorAttention | SoftmaxAttention:
         """A new attention layer of this configuration."""
@@ -88,6 +94,7 @@ class ModelConfig:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> ModelConfig:
         """The configuration that `to_dict` gave; raises ArgumentError for a name or value that is none of ours."""
+        expect(isinstance(values, Mapping), "model configuration", "names and values", shown(values))
         known = {field.name for field in dataclasses.fields(ModelConfig)}
         unknown = sorted(values.keys() - known)
         if unknown:
@@ -95,11 +102,16 @@ class ModelConfig:
         return ModelConfig(**values)
 
 
+def _expect_config(config: ModelConfig) -> None:
+    expect(isinstance(config, ModelConfig), "config", "a ModelConfig", type(config))
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); the MLP squares a ReLU (So et al. 2021), cheap and no worse."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        _expect_config(config)
         width, hidden = config.d_model, int(config.mlp_ratio * config.d_model)
         self.attention_norm = RMSNorm(width)
         self.attention = config.build_attention()
@@ -136,6 +148,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        _expect_config(config)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding_norm = RMSNorm(config.d_model)
@@ -179,6 +192,7 @@ class LanguageModel(nn.Module):
 
         Where a layer makes keys or values that its state refuses, the states of earlier layers have the tokens already.
         """
+        expect(states is not None, "states", "what came before, from new_states(batch_size)", None)
         self._check(tokens, states)
         x = self._embed(tokens)
         shared = self._share(x, states[0], key_padding_mask)
@@ -209,15 +223,24 @@ class LanguageModel(nn.Module):
         return states
 
     def _check(self, tokens: Tensor, states: Sequence[Any] | None) -> None:
-        expect(tokens.ndim == 2, "tokens", "shape [B, T]", tuple(tokens.shape))
+        """Check everything before the first layer changes its state."""
+        expect_tensor("tokens", tokens, 2, "[B, T]")
         expect(tokens.dtype == torch.int64, "tokens", "dtype torch.int64", tokens.dtype)
-        layers = len(self.blocks)
+        device = self.embedding.weight.device
+        expect(tokens.device == device, "tokens", f"the model's device {device}", str(tokens.device))
+        if states is None:
+            return
+        layers = self._layers()
+        good = isinstance(states, Sequence) and len(states) == len(layers)
         expect(
-            states is None or len(states) == layers,
+            good,
             "states",
-            f"{layers} of them, one per layer",
-            states and len(states),
+            f"{len(layers)} of them, one per layer",
+            len(states) if isinstance(states, Sequence) else type(states),
         )
+        expect(len(set(map(id, states))) == len(states), "states", "another one for each layer", "one of them twice")
+        for block, state in zip(layers, states, strict=True):
+            block.attention.check_state(state, len(tokens))
 
     def _layers(self) -> list[Block]:
         return cast("list[Block]", list(self.blocks))  # ModuleList forgets what it holds
@@ -228,7 +251,11 @@ class LanguageModel(nn.Module):
         return {"key_padding_mask": key_padding_mask, "rotation": rotation}
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        return self.embedding_norm(self.embedding(tokens))  # [B, T, d_model]
+        try:
+            embedded = self.embedding(tokens)
+        except IndexError as error:
+            raise ArgumentError(f"tokens: expected values in 0..{self.config.vocab_size - 1}, got others") from error
+        return self.embedding_norm(embedded)  # [B, T, d_model]
 
     def _read(self, x: Tensor) -> Tensor:
         return functional.linear(self.norm(x), self.embedding.weight)  # [B, T, vocab_size]

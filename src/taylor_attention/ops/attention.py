@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..core.ranges import check_tokens
 from ..core.series import Series
-from ..core.state import MAX_STATE_BYTES, State, check_reach, check_state_bytes, needed_bytes, wide_dtype
-from ..errors import expect
+from ..core.state import MAX_STATE_BYTES, State, check_reach, check_scale, check_state_bytes, needed_bytes, wide_dtype
+from ..errors import LARGEST_INT, expect, expect_bool, expect_int
 from .backends import uses_kernels
 from .hybrid import attend_hybrid
 from .normaliser import divide, divide_checked, note, resolve
@@ -25,7 +25,6 @@ from .validation import (
     check_gain,
     check_inputs,
     check_reading,
-    check_scale,
     check_series,
     check_state,
 )
@@ -128,7 +127,7 @@ def attention(
         return_state: also return the state after these tokens.
         backend: "cpu" (compiled kernels), "torch" (PyTorch's own products, any device), or "auto": the fastest here.
         chunk_size: tokens per chunk; chosen by the library if None.
-        max_state_bytes: larger states are refused.
+        max_state_bytes: larger states are refused, and moments as large that a chunk_size asks for.
 
     Returns:
         y [B, Hq, Tq, dv] in the query's dtype, and the new `State` if return_state.
@@ -149,7 +148,10 @@ def attention(
     optional = Optional(key_padding_mask, cu_seqlens, log_decay)
     check_reach(degree, window, sinks, heavy)
     shapes = check_inputs(query, key, value, optional, causal, near=window + sinks > 0)
+    check_reach(degree, window, sinks, heavy, shapes.head_dim)
     check_choices(backend, chunk_size)
+    expect_bool("return_state", return_state)
+    expect_int("max_state_bytes", max_state_bytes, 0)
     check_reading(reading, series, causal)
     check_gain(far_gain, shapes, degree, window + sinks > 0)
     degree = None if degree is None else len(range(degree))  # a tracer that takes ints for unknowns pins this one down
@@ -159,11 +161,12 @@ def attention(
     if not torch.compiler.is_compiling():
         uses_kernels(backend, shapes.device)  # refuses a backend that cannot compute here
         check_data(cu_seqlens, log_decay, shapes.keys)
-    if return_state:
+    if return_state or (chunk_size is not None and chunk_size < shapes.keys):  # else there may be no moments at all
         rows, columns = shapes.sequences * shapes.kv_heads, shapes.value_dim + 1
         needed = needed_bytes(rows, shapes.head_dim, columns, degree, (window, sinks, heavy), shapes.sum_dtype)
         check_state_bytes(needed, max_state_bytes, degree)
     start = None if state is None else state.folded()
+    chunk = 0 if chunk_size is None else min(chunk_size, LARGEST_INT)
     coefficients, positive = resolve(check_series(series), degree)
     q, k, v = (x.to(shapes.sum_dtype) for x in (query, key, value))
     gates = None if log_decay is None else log_decay.to(shapes.sum_dtype).clamp(min=FULL_RESET)
@@ -180,7 +183,7 @@ def attention(
             far_gain=None if far_gain is None else far_gain.to(shapes.sum_dtype),
             fitted=fitted,
             checked=degree is not None and degree % 2 == 1 if fitted else not positive,
-            chunk=chunk_size or 0,
+            chunk=chunk,
             keep=return_state,
         )
         out, end, dropped, near, seen = found.out, found.sums, found.compensation, found.near, found.seen
@@ -196,7 +199,7 @@ def attention(
             compensation,
             coefficients,
             causal,
-            chunk_size or 0,
+            chunk,
             return_state,
             backend,
         )

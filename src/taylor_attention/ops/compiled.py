@@ -6,6 +6,7 @@ place is reported to autograd, as PyTorch's own operations do.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -115,9 +116,10 @@ class _Call:
             costs=KERNELS,
         )
         self.sums, self.compensation = _moments_at_start(inputs, problem, keep or keys > _PLAIN_CHUNKS * tiling.chunk)
-        coefficients, weights = _constants(head_dim, problem.coefficients, key.dtype)
+        moments = keep or inputs.sums is not None or not tiling.direct
+        coefficients, weights = _constants(head_dim, problem.coefficients, key.dtype, moments)
         self._alive = (query, key, value, visible, log_decay, coefficients, weights)
-        work = batch * heads * (keys + queries * group) * len(weights) * self.columns
+        work = batch * heads * (keys + queries * group) * feature_count(head_dim, degree) * self.columns
         self.numbers: tuple[int, ...] = (
             key.dtype == torch.float64,
             head_dim,
@@ -175,8 +177,20 @@ def _moments_at_start(inputs: Inputs, problem: Problem, wanted: bool) -> tuple[T
 
 
 def count_threads(work: int, least: int = _PARALLEL_WORK) -> int:
-    """Threads for so much work: one, if it is less than `least`."""
-    return torch.get_num_threads() if work >= least else 1
+    """Threads for so much work: one, if it is less than `least`, or where the pool's threads were lost in a fork."""
+    return torch.get_num_threads() if work >= least and not _forked else 1
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):  # GNU OpenMP would wait for the parent's threads for ever
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def address(x: Tensor | None) -> int:
@@ -190,11 +204,13 @@ def strided(x: Tensor) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)
-def _constants(head_dim: int, coefficients: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Coefficients and reading weights as tensors that stay; empty without moments."""
+def _constants(
+    head_dim: int, coefficients: tuple[float, ...], dtype: torch.dtype, moments: bool
+) -> tuple[Tensor, Tensor]:
+    """Coefficients and reading weights as tensors that stay; the latter are empty where no moments are read."""
     with torch.inference_mode(False):
         given = torch.tensor(coefficients, dtype=dtype, device="cpu")
-        return given, reading_weights(head_dim, coefficients, dtype) if coefficients else given
+        return given, reading_weights(head_dim, coefficients, dtype) if moments else given[:0]
 
 
 class Step(NamedTuple):
@@ -230,7 +246,8 @@ def plan_step(
     query_heads, (_, _, head_dim, width) = inputs[0].shape[1], state.tail_key.shape
     degree = len(coefficients) - 1
     fitted = fitted and degree >= 0
-    constants = _constants(head_dim, (1.0,) * (degree + 1) if fitted else coefficients, state.dtype)
+    powers = (1.0,) * (degree + 1) if fitted else coefficients
+    constants = _constants(head_dim, powers, state.dtype, bool(coefficients))
     gate_strides = (0, 0) if log_decay is None else log_decay.stride()[:2]
     numbers = (
         state.dtype == torch.float64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..core.ranges import check_tokens
 from ..core.series import Series
-from ..core.state import State
+from ..core.state import State, check_scale
 from ..errors import expect
 from . import compiled
 from .attention import attention
@@ -24,9 +25,9 @@ from .validation import (
     check_gain,
     check_inputs,
     check_reading,
-    check_scale,
     check_series,
     check_state,
+    expect_state,
 )
 
 
@@ -119,6 +120,8 @@ class _Step(NamedTuple):
 
 _known: dict[tuple[Any, ...], _Step] = {}
 _KNOWN_LIMIT = 1024
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_known.clear)  # how many threads compute is known too
 
 
 def _checked(
@@ -139,6 +142,7 @@ def _checked(
     if torch.compiler.is_compiling():
         return _check(*arguments)
     try:
+        state.check_layout()
         sums, tail = state.sums, state.tail_key
         signature = (
             (query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride()),
@@ -152,7 +156,7 @@ def _checked(
             (scale, type(scale), series, reading, backend, torch.is_grad_enabled(), torch.get_num_threads()),
         )
         found = _known.get(signature)
-    except (AttributeError, TypeError):  # then the check has something to say
+    except (AttributeError, TypeError, RuntimeError):  # then the check has something to say
         return _check(*arguments)
     if found is None:
         found = _check(*arguments)
@@ -179,13 +183,14 @@ def _check(
     reading: str,
     backend: str,
 ) -> _Step:
-    expect(isinstance(state, State), "state", "a State", type(state))
+    expect_state(state)
     shapes = check_inputs(query, key, value, Optional(visible, None, log_decay), True)
     scale, degree = check_scale(scale, shapes.head_dim), state.degree
     check_gain(far_gain, shapes, degree, state.near is not None)
     check_state(
         state, shapes, degree, scale, state.window, state.sinks, state.heavy, (query, key, value, log_decay, far_gain)
     )
+    expect(shapes.device.type != "meta", "state", "tensors with data, to change them in place", "ones on meta")
     expect(state.is_contiguous, "state", "contiguous tensors, to change them in place", "others")
     check_choices(backend, None)
     check_reading(reading, series, True)

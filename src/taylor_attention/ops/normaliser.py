@@ -56,8 +56,8 @@ def divide_checked(out: Tensor, seen: Tensor, constant: float) -> Tensor:
 
 
 def report_unsafe(unsafe: Tensor, out: Tensor) -> None:
-    """Say that rows are unsafe: an error if gradients of `out` are recorded; nothing while a tracer looks."""
-    if torch.compiler.is_compiling():
+    """Say that rows are unsafe: an error if gradients of `out` are recorded; nothing where nobody can look."""
+    if torch.compiler.is_compiling() or out.is_meta:
         return
     count = int(unsafe.sum())
     if count and out.requires_grad:

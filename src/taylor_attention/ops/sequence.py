@@ -145,7 +145,7 @@ class Sequence:
             place = place[..., None].expand(-1, -1, -1, new.shape[3])
         stood = new.new_zeros(place.shape) if before is None else before
         if self.tokens == 0:
-            return stood
+            return stood.clone()  # it goes into the state after, which shares nothing with the one before
         return torch.where(place < self.tokens, new.gather(2, place.clamp(max=self.tokens - 1)), stood)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +11,11 @@ from torch import Tensor
 
 from ..core.series import EXP, Series
 from ..core.state import State
-from ..errors import expect
+from ..errors import expect, expect_bool, shown
 from . import backends
 from .reading import READINGS
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def check_inputs(
         near: whether some tokens are attended to exactly.
     """
     for name, x in {"query": query, "key": key, "value": value}.items():
-        _expect_tensor(name, x, 4, "[B, H, T, d]")
-        expect(x.is_floating_point(), name, "a floating-point tensor", x.dtype)
+        expect_tensor(name, x, 4, "[B, H, T, d]")
+        _expect_float(name, x)
         expect(x.dtype == query.dtype, name, f"the query's dtype {query.dtype}", x.dtype)
         expect(x.device == query.device, name, f"the query's device {query.device}", x.device)
         _expect_same(name, x.shape[0], query.shape[0], "batch {} as the query")
@@ -61,7 +62,7 @@ def check_inputs(
     _expect_same("value", value.shape[2], keys, "{} tokens as the key")
     if not (heads >= 1 and query.shape[1] % heads == 0 and query.shape[1] >= 1):
         expect(False, "query", f"a multiple of the {heads} key/value heads", query.shape[1])
-    expect(isinstance(causal, bool), "causal", "a bool", causal)
+    expect_bool("causal", causal)
     expect(causal or not near, "causal", "True with a window or sinks", causal)
     if causal or optional.cu_seqlens is not None:
         _expect_same("query", query.shape[2], keys, "{} tokens as the key (causal or packed)")
@@ -80,16 +81,16 @@ def _check_optional(optional: Optional, key: Tensor, causal: bool) -> None:
         if isinstance(x, Tensor):
             expect(x.device == key.device, name, f"the query's device {key.device}", x.device)
     if key_padding_mask is not None:
-        _expect_tensor("key_padding_mask", key_padding_mask, 2, "[B, Tk]")
+        expect_tensor("key_padding_mask", key_padding_mask, 2, "[B, Tk]")
         expect(key_padding_mask.dtype == torch.bool, "key_padding_mask", "dtype torch.bool", key_padding_mask.dtype)
         _expect_shape("key_padding_mask", key_padding_mask, (batch, keys))
     if log_decay is not None:
-        _expect_tensor("log_decay", log_decay, 3, "[B, Hkv, T]")
+        expect_tensor("log_decay", log_decay, 3, "[B, Hkv, T]")
         expect(causal, "log_decay", "causal attention", "causal=False")
-        expect(log_decay.is_floating_point(), "log_decay", "a floating-point tensor", log_decay.dtype)
+        _expect_float("log_decay", log_decay)
         _expect_shape("log_decay", log_decay, (batch, heads, keys))
     if cu_seqlens is not None:
-        _expect_tensor("cu_seqlens", cu_seqlens, 1, "[N + 1]")
+        expect_tensor("cu_seqlens", cu_seqlens, 1, "[N + 1]")
         expect(cu_seqlens.dtype == torch.int32, "cu_seqlens", "dtype torch.int32", cu_seqlens.dtype)
         expect(batch == 1, "cu_seqlens", "batch 1 with packed sequences", batch)
         expect(cu_seqlens.shape[0] >= 1, "cu_seqlens", "at least one border", cu_seqlens.shape[0])
@@ -101,39 +102,41 @@ def check_gain(far_gain: Tensor | None, shapes: Shapes, degree: int | None, near
         return
     expect(near, "far_gain", "None without a window or sinks, where it would cancel", type(far_gain))
     expect(degree is not None, "far_gain", "None without a degree, where nothing is far", type(far_gain))
-    _expect_tensor("far_gain", far_gain, 1, "[Hq]")
-    expect(far_gain.is_floating_point(), "far_gain", "a floating-point tensor", far_gain.dtype)
+    expect_tensor("far_gain", far_gain, 1, "[Hq]")
+    _expect_float("far_gain", far_gain)
     expect(far_gain.device == shapes.device, "far_gain", f"the query's device {shapes.device}", far_gain.device)
     _expect_shape("far_gain", far_gain, (shapes.query_heads,))
 
 
+def expect_tensor(name: str, x: Any, ndim: int, layout: str) -> None:
+    """Refuse what is no dense tensor of so many axes; `layout` names them."""
+    if not isinstance(x, Tensor):
+        expect(False, name, f"a tensor {layout}", type(x))
+    if x.is_nested or x.layout != torch.strided:
+        expect(False, name, f"a dense tensor {layout}", "a nested one" if x.is_nested else x.layout)
+    if x.ndim != ndim:
+        expect(False, name, f"a tensor {layout}", f"shape {tuple(x.shape)}")
+
+
 def check_choices(backend: str, chunk_size: int | None) -> None:
     """Check how the caller wants it computed."""
-    expect(backend in backends.NAMES, "backend", f"one of {backends.NAMES}", repr(backend))
-    good = chunk_size is None or (_is_int(chunk_size) and chunk_size >= 1)
-    expect(good, "chunk_size", "an int >= 1 or None", chunk_size)
+    named = isinstance(backend, str) and backend in backends.NAMES
+    expect(named, "backend", f"one of {backends.NAMES}", shown(backend))
+    good = chunk_size is None or (isinstance(chunk_size, int) and not isinstance(chunk_size, bool) and chunk_size >= 1)
+    expect(good, "chunk_size", "an int >= 1 or None", shown(chunk_size))
 
 
 def check_reading(reading: str, series: Series | None, causal: bool) -> None:
     """Check how far scores are to be read."""
-    expect(reading in READINGS, "reading", f"one of {READINGS}", repr(reading))
+    expect(isinstance(reading, str) and reading in READINGS, "reading", f"one of {READINGS}", shown(reading))
     if reading == "fitted":
-        expect(series is None or series == EXP, "series", "exp with reading='fitted'", repr(series))
+        expect(series is None or series == EXP, "series", "exp with reading='fitted'", shown(series))
         expect(causal, "causal", "True with reading='fitted'", causal)
-
-
-def check_scale(scale: float | None, head_dim: int) -> float:
-    """The factor on q . k: the one given, or 1 / sqrt(head_dim)."""
-    if scale is None:
-        return float(head_dim**-0.5)
-    good = isinstance(scale, int | float) and not isinstance(scale, bool) and isfinite(scale)
-    expect(good, "scale", "a finite number or None", scale)
-    return float(scale)
 
 
 def check_series(series: Series | None) -> Series:
     """The series given, or exp."""
-    expect(series is None or isinstance(series, Series), "series", "a Series or None", repr(series))
+    expect(series is None or isinstance(series, Series), "series", "a Series or None", shown(series))
     return EXP if series is None else series
 
 
@@ -148,7 +151,7 @@ def check_state(
     in_place: tuple[Tensor | None, ...] = (),
 ) -> None:
     """Refuse a state of another problem; for a change in place, also gradients."""
-    expect(isinstance(state, State), "state", "a State", type(state))
+    expect_state(state)
     wanted = {
         "batch_size": shapes.sequences,
         "kv_heads": shapes.kv_heads,
@@ -171,26 +174,27 @@ def check_state(
         expect(not recorded, "state", "no gradients where it is changed in place", "tensors that require gradients")
 
 
+def expect_state(state: State) -> None:
+    """Refuse what is no state, or one put together by hand that does not hold together."""
+    expect(isinstance(state, State), "state", "a State", type(state))
+    if not torch.compiler.is_compiling():
+        state.check_layout()
+
+
 def check_data(cu_seqlens: Tensor | None, log_decay: Tensor | None, tokens: int) -> None:
-    """Check what only the data tells; not possible while a tracer looks."""
-    if log_decay is not None:
+    """Check what only the data tells; not possible while a tracer looks, or where there is none."""
+    if log_decay is not None and not log_decay.is_meta:
         expect(bool((log_decay <= 0).all()), "log_decay", "values <= 0 (logarithms of factors in [0, 1])", "others")
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and not cu_seqlens.is_meta:
         borders = cu_seqlens.tolist()
         rising = all(a <= b for a, b in pairwise(borders))
         good = rising and borders[0] == 0 and borders[-1] == tokens
         expect(good, "cu_seqlens", f"non-decreasing borders from 0 to {tokens}", borders)
 
 
-def _is_int(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _expect_tensor(name: str, x: Any, ndim: int, layout: str) -> None:
-    if not isinstance(x, Tensor):
-        expect(False, name, f"a tensor {layout}", type(x))
-    if x.ndim != ndim:
-        expect(False, name, f"a tensor {layout}", f"shape {tuple(x.shape)}")
+def _expect_float(name: str, x: Tensor) -> None:
+    if x.dtype not in _FLOATS:
+        expect(False, name, "a floating-point tensor of 16, 32 or 64 bits", x.dtype)
 
 
 def _expect_same(name: str, found: int, wanted: int, expected: str) -> None:
