@@ -77,6 +77,7 @@ class Series:
 
         On them it is <= 0; finite ends are real roots, rounded outwards by a few units in the last place.
         """
+        _expect_degree(degree)
         return _negative_intervals(self, degree)
 
 

@@ -600,6 +600,7 @@ class State:
         Raises:
             StorageError: the file is missing, damaged, of another kind or of another layout version, or holds no state.
         """
+        check_device(device)
         tensors, metadata = read_tensors(path, kind=KIND)
         try:
             state = State.from_tensors(tensors, metadata)

@@ -23,7 +23,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..errors import StorageError, expect, require
+from ..errors import StorageError, expect, require, shown
 from .locks import is_at, remove_if_unlocked, try_lock
 
 LAYOUT_VERSION = 1
@@ -62,6 +62,7 @@ def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
             large for this machine's memory.
     """
     safetensors = require("safetensors.torch", "io", "reading tensors from a file")
+    check_path(path)
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             size, header = _read_header(path, file)
@@ -129,6 +130,12 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
+def check_path(path: str | Path) -> None:
+    """Refuse what cannot name a file; a number would be a file that is open already, and be closed."""
+    named = isinstance(path, str | Path) and str(path) != "" and "\0" not in str(path)
+    expect(named, "path", "the name of a file", shown(path))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Replace a text file (UTF-8) atomically.
 
@@ -146,6 +153,7 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     It keeps the mode of the file that it replaces; where `path` is a link, it replaces what the link leads to. Until
     then it is `.<name>.<random>.part` beside it. A process that is killed leaves that one; the next write removes it.
     """
+    check_path(path)
     try:
         target = Path(os.path.realpath(path))
         before = _status_if_writable(target)

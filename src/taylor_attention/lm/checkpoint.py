@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.state import check_device
 from ..core.storage import read_tensors, write_tensors
-from ..errors import ArgumentError, StorageError, expect
+from ..errors import ArgumentError, StorageError, expect, shown
 from ..nn.layer import resolve_sizes
 from ..nn.transformer import LanguageModel, ModelConfig
+from .generation import expect_model
 
 KIND = "model"
 """Kind of a model file, as `core.storage` keeps it."""
@@ -43,8 +45,10 @@ def save_checkpoint(
 
     Raises:
         StorageError: the file cannot be written.
-        ArgumentError: the metadata has a name that is taken.
+        ArgumentError: the metadata has a name that is taken, or another argument is not as above.
     """
+    expect_model(model)
+    expect(dtype is None or dtype in _DTYPES, "dtype", "a floating-point dtype of 16, 32 or 64 bits", shown(dtype))
     extra = dict(metadata or {})
     expect("config" not in extra, "metadata", "names other than 'config'", sorted(extra))
     tensors = {name: weight.detach().to(dtype=dtype) for name, weight in model.state_dict().items()}
@@ -59,6 +63,7 @@ def load_checkpoint(
     Raises:
         StorageError: the file is missing, damaged, of another kind, or does not hold a model that this version has.
     """
+    check_device(device)
     tensors, metadata = read_tensors(path, kind=KIND)
     try:
         config = ModelConfig.from_dict(json.loads(metadata.pop("config")))
@@ -102,7 +107,7 @@ def shipped(name: str) -> Path:
     Raises:
         ArgumentError: the name is neither, or this installation carries no weights.
     """
-    expect(name in SHIPPED, "name", " or ".join(map(repr, SHIPPED)), repr(name))
+    expect(name in SHIPPED, "name", " or ".join(map(repr, SHIPPED)), shown(name))
     path = Path(str(resources.files(__package__))) / "weights" / f"{name}.safetensors"
     if not path.is_file():
         raise ArgumentError(f"name: expected shipped weights, got {name!r}, which this installation does not carry")
@@ -111,6 +116,7 @@ def shipped(name: str) -> Path:
 
 def fingerprint(model: LanguageModel) -> str:
     """SHA-256, in hexadecimal, of the configuration and every weight: the same model, or not."""
+    expect_model(model)
     digest = hashlib.sha256(_config_text(model).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name}|{weight.dtype}|{tuple(weight.shape)}|".encode())

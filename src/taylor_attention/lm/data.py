@@ -94,6 +94,8 @@ def sample_batch(data: Tensor, batch_size: int, length: int, *, seed: int, step:
     expect_bytes("data", data)
     expect_int("batch_size", batch_size, 0)
     expect_int("length", length, 1)
+    for name, number in {"seed": seed, "step": step}.items():
+        expect_int(name, number, 0)
     expect(len(data) > length, "data", f"more than sequence_length = {length} bytes", len(data))
     digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()  # seeds in sequence would give correlated streams
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

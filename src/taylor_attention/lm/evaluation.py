@@ -80,6 +80,7 @@ def next_byte_loss(model: LanguageModel, inputs: Tensor, targets: Tensor, reduct
     expect_tensor("targets", targets, 2, "[B, T]")
     logits = model(inputs)
     expect(targets.shape == inputs.shape, "targets", f"shape {tuple(inputs.shape)} as inputs", tuple(targets.shape))
+    expect(targets.device == logits.device, "targets", f"the model's device {logits.device}", str(targets.device))
     expect(targets.dtype == torch.int64, "targets", "dtype torch.int64", targets.dtype)
     try:
         return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)

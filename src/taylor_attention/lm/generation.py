@@ -121,6 +121,7 @@ def advance(
     Returns:
         The tokens, int64 [B], and the logits after them, [B, V].
     """
+    expect_model(model)
     token = sample(logits, generator=generator, **sampling)
     return token, model.decode_(token[:, None], states)[:, -1]
 

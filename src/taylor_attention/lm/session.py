@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..core.storage import read_tensors, write_tensors
 from ..core.values import check_finite
-from ..errors import StorageError, expect, first_line
+from ..errors import LARGEST_INT, StorageError, expect, expect_int, first_line
 from ..nn import LanguageModel
 from .checkpoint import fingerprint
-from .generation import BLOCK, advance, prefill
+from .generation import BLOCK, advance, expect_model, prefill
 
 KIND = "session"
 
@@ -42,9 +42,10 @@ class Session:
     """
 
     def __init__(self, model: LanguageModel, *, seed: int = 0) -> None:
+        expect_model(model)
         size = model.config.vocab_size
         expect(size == 256, "model", "a vocabulary of the 256 bytes", size)
-        expect(-(2**63) <= seed < 2**63, "seed", "an int of 64 bits", seed)
+        expect_int("seed", seed, -LARGEST_INT - 1)
         self.model = model
         self.seed = seed
         self.states: list[Any] = model.new_states(1)
@@ -66,9 +67,11 @@ class Session:
         """Append bytes to the context. Interrupted, it has read whole blocks and stays usable.
 
         Raises:
-            ArgumentError: the text is empty.
+            ArgumentError: the text is empty, or no bytes.
         """
+        expect(isinstance(text, bytes | bytearray), "text", "bytes", type(text))
         expect(len(text) > 0, "text", "at least one byte", "none")
+        expect_int("block", block, 1)
         for start in range(0, len(text), block):
             part = torch.frombuffer(bytearray(text[start : start + block]), dtype=torch.uint8)
             with uninterrupted():
@@ -88,6 +91,8 @@ class Session:
 
     def stream(self, tokens: int | None = None, **sampling: Any) -> Iterator[int]:
         """Draw bytes one after another, without end if `tokens` is not given; see `step`."""
+        if tokens is not None:
+            expect_int("tokens", tokens, 0)
         for _ in islice(count(), tokens):
             yield self.step(**sampling)
 

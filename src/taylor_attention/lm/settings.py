@@ -83,7 +83,7 @@ class TrainingConfig:
         """The settings that `to_dict` gave; raises ArgumentError for a name or value that is none of ours."""
         expect(isinstance(values, Mapping), "training configuration", "names and values", shown(values))
         known = {field.name for field in dataclasses.fields(TrainingConfig)}
-        unknown = sorted(values.keys() - known)
+        unknown = sorted(map(str, values.keys() - known))
         if unknown:
             raise ArgumentError(f"training configuration: expected names among {sorted(known)}, got {unknown}")
         rest = {name: value for name, value in values.items() if name not in ("model", "data")}

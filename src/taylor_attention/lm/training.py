@@ -104,7 +104,7 @@ def saved_config(out: str | Path) -> TrainingConfig:
     """
     expect(isinstance(out, str | Path), "out", "the name of a folder", shown(out))
     path = Path(out) / _FILE
-    expect(os.path.exists(path), "resume", "a folder that holds a run", str(out))
+    expect(os.path.exists(path), "resume", "a folder that holds a run", shown(str(out)))
     try:
         return TrainingConfig.from_dict(json.loads(read_metadata(path)["settings"]))
     except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -134,7 +134,7 @@ def check_center_keys(center_keys: bool) -> None:
 
 def check_far_gain(far_gain: bool, degree: int | None, window: int, sinks: int) -> None:
     """Raise ArgumentError for what is neither True nor False, and for a gain where nothing or everything is far."""
-    expect(isinstance(far_gain, bool), "far_gain", "a bool", repr(far_gain))
+    expect_bool("far_gain", far_gain)
     useful = degree is not None and window + sinks > 0
     expect(useful or not far_gain, "far_gain", "False without a degree, or without a window or sinks", far_gain)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.state import check_device, check_indices
 from ..core.values import check_finite, check_log_decay
 from ..errors import ArgumentError, StorageError, expect, expect_bool, expect_int, shown
-from ..ops.validation import expect_tensor
+from ..ops.validation import expect_float, expect_tensor
 
 _FIRST_CAPACITY = 64
 _TYPE = "key-value-cache"
@@ -56,7 +56,7 @@ class KeyValueCache:
         for name, size in {"kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}.items():
             expect_int(name, size, 1)
         expect_bool("decay", decay)
-        _expect_float(dtype)
+        _expect_float_dtype(dtype)
         check_device(device)
         slots = (batch_size, kv_heads, _FIRST_CAPACITY)
         return KeyValueCache(
@@ -179,7 +179,7 @@ class KeyValueCache:
         """An independent copy elsewhere; `dtype` changes keys and values only, since counts and decays need theirs."""
         check_device(device)
         if dtype is not None:
-            _expect_float(dtype)
+            _expect_float_dtype(dtype)
         moved = self._map(lambda tensor: tensor.to(device=device, copy=True))
         keys, values = moved.key_buffer.to(dtype=dtype), moved.value_buffer.to(dtype=dtype)
         return replace(moved, key_buffer=keys, value_buffer=values)
@@ -231,6 +231,8 @@ class KeyValueCache:
         for name, x in given.items():
             expect_tensor(name, x, _AXES[name], "for this cache")
             expect(x.device == self.device, name, f"a tensor on {self.device}, as the cache is", str(x.device))
+            if name != "key_padding_mask":
+                expect_float(name, x)
         start, count = (self.batch_size, self.kv_heads), key.shape[2]
         shapes: dict[str, tuple[int, ...]] = {
             "key": (*start, count, self.head_dim),
@@ -278,7 +280,7 @@ class KeyValueCache:
         return sums + past[:, :, -1:] if self.length else sums
 
 
-def _expect_float(dtype: torch.dtype) -> None:
+def _expect_float_dtype(dtype: torch.dtype) -> None:
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     expect(floating, "dtype", "a floating-point dtype", shown(dtype))
 

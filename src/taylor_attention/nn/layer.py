@@ -152,6 +152,15 @@ class Attention(nn.Module):
         """Weigh values by scores, y [B, Hq, n, d_V], and append the tokens to `state` in place."""
         raise NotImplementedError
 
+    def check_input(self, x: Tensor) -> None:
+        """Raise ArgumentError unless x [B, T, d_model] is one that this layer computes with."""
+        weight = self.query.weight
+        expect_tensor("x", x, 3, f"[B, T, {self.d_model}]")
+        expect(x.shape[-1] == self.d_model, "x", f"shape [B, T, {self.d_model}]", tuple(x.shape))
+        expect(x.device == weight.device, "x", f"the layer's device {weight.device}", str(x.device))
+        cast = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
+        expect(cast or x.dtype == weight.dtype, "x", f"the layer's dtype {weight.dtype}", x.dtype)
+
     def check_state(self, state: Any, sequences: int) -> None:
         """Raise ArgumentError unless a state is one that this layer can go on with, for so many sequences."""
         kind = self._state_type
@@ -168,12 +177,7 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def _check(self, x: Tensor, state: Any, mask: Tensor | None, rotation: Rotation | None = None) -> None:
-        weight = self.query.weight
-        expect_tensor("x", x, 3, f"[B, T, {self.d_model}]")
-        expect(x.shape[-1] == self.d_model, "x", f"shape [B, T, {self.d_model}]", tuple(x.shape))
-        expect(x.device == weight.device, "x", f"the layer's device {weight.device}", str(x.device))
-        cast = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
-        expect(cast or x.dtype == weight.dtype, "x", f"the layer's dtype {weight.dtype}", x.dtype)
+        self.check_input(x)
         if mask is not None:
             expect_tensor("key_padding_mask", mask, 2, "[B, T]")
             expected = f"torch.bool {list(x.shape[:2])}, as x"
@@ -182,14 +186,10 @@ class Attention(nn.Module):
         if state is not None:
             self.check_state(state, x.shape[0])
         if rotation is not None:
-            shapes = (
-                [each.shape[-2:] for each in rotation if isinstance(each, Tensor)]
-                if isinstance(rotation, tuple)
-                else []
-            )
-            expect(
-                shapes == [(x.shape[1], self.head_dim)] * 2, "rotation", "what `rotation` gives here", type(rotation)
-            )
+            pair = rotation if isinstance(rotation, tuple) else ()
+            shapes = [each.shape[-2:] for each in pair if isinstance(each, Tensor)]
+            good = shapes == [(x.shape[1], self.head_dim)] * 2
+            expect(good, "rotation", "what `rotation` gives here", type(rotation))
 
     def _rotation(self, x: Tensor, state: Any, key_padding_mask: Tensor | None) -> Rotation | None:
         if self.rope_base is None:

@@ -68,11 +68,11 @@ class ModelConfig:
         check_rope_base(self.rope_base)
         check_reading(self.reading, None, True)
         check_center_keys(self.center_keys)
-        check_far_gain(self.far_gain, self.degree, self.window, self.sinks)
         check_decay(self.decay)
         sizes = (self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim, self.rope)
         _, head_dim, _ = resolve_sizes(*sizes)
         check_reach(self.degree, self.window, self.sinks, self.heavy, head_dim)
+        check_far_gain(self.far_gain, self.degree, self.window, self.sinks)
         expect(is_number(self.mlp_ratio) and self.mlp_ratio > 0, "mlp_ratio", "a number > 0", shown(self.mlp_ratio))
         fits = 1 <= self.mlp_ratio * self.d_model < MAX_WIDTH + 1
         expect(fits, "mlp_ratio", f"an MLP 1 to {MAX_WIDTH:,} wide at d_model = {self.d_model}", self.mlp_ratio)
@@ -96,7 +96,7 @@ class ModelConfig:
         """The configuration that `to_dict` gave; raises ArgumentError for a name or value that is none of ours."""
         expect(isinstance(values, Mapping), "model configuration", "names and values", shown(values))
         known = {field.name for field in dataclasses.fields(ModelConfig)}
-        unknown = sorted(values.keys() - known)
+        unknown = sorted(map(str, values.keys() - known))
         if unknown:
             raise ArgumentError(f"model configuration: expected names among {sorted(known)}, got {unknown}")
         return ModelConfig(**values)
@@ -131,12 +131,15 @@ class Block(nn.Module):
 
         `shared` by all blocks: `key_padding_mask` and `rotation`, as `Attention` takes them.
         """
+        self.attention.check_input(x)
+        expect_bool("return_state", return_state)
         mixed = self.attention(self.attention_norm(x), state=state, return_state=return_state, **shared)
         mixed, after = mixed if return_state else (mixed, None)
         return self._feed(x + mixed), after
 
     def decode_(self, x: Tensor, state: Any, **shared: Any) -> Tensor:
         """x [B, n, d_model] -> the same shape; the tokens are appended to `state` in place. `shared`: see `forward`."""
+        self.attention.check_input(x)
         return self._feed(x + self.attention.decode_(self.attention_norm(x), state, **shared))
 
     def _feed(self, x: Tensor) -> Tensor:
@@ -179,6 +182,7 @@ class LanguageModel(nn.Module):
             ArgumentError: the tokens or the states do not fit this model.
         """
         self._check(tokens, states)
+        expect_bool("return_states", return_states)
         x, after, past = self._embed(tokens), [], states or [None] * len(self.blocks)
         shared = self._share(x, past[0], key_padding_mask)
         for block, state in zip(self._layers(), past, strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.series import Series
-from ..errors import NormaliserError, NormaliserWarning
+from ..errors import NormaliserError, NormaliserWarning, expect_bool
 
 SAFE_SHARE = 1e-3
 """A normaliser below this share of what its keys would give at score zero counts as not safely positive."""
@@ -114,6 +114,7 @@ def watch_normalisers(*, keep_masks: bool = False) -> Iterator[NormaliserStatus]
     Args:
         keep_masks: keep a mask for each call, too, which takes a byte for each query.
     """
+    expect_bool("keep_masks", keep_masks)
     status = NormaliserStatus(masks=[] if keep_masks else None)
     before = _watching.set((*_watching.get(), status))
     try:

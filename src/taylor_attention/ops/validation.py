@@ -51,7 +51,7 @@ def check_inputs(
     """
     for name, x in {"query": query, "key": key, "value": value}.items():
         expect_tensor(name, x, 4, "[B, H, T, d]")
-        _expect_float(name, x)
+        expect_float(name, x)
         expect(x.dtype == query.dtype, name, f"the query's dtype {query.dtype}", x.dtype)
         expect(x.device == query.device, name, f"the query's device {query.device}", x.device)
         _expect_same(name, x.shape[0], query.shape[0], "batch {} as the query")
@@ -87,7 +87,7 @@ def _check_optional(optional: Optional, key: Tensor, causal: bool) -> None:
     if log_decay is not None:
         expect_tensor("log_decay", log_decay, 3, "[B, Hkv, T]")
         expect(causal, "log_decay", "causal attention", "causal=False")
-        _expect_float("log_decay", log_decay)
+        expect_float("log_decay", log_decay)
         _expect_shape("log_decay", log_decay, (batch, heads, keys))
     if cu_seqlens is not None:
         expect_tensor("cu_seqlens", cu_seqlens, 1, "[N + 1]")
@@ -103,7 +103,7 @@ def check_gain(far_gain: Tensor | None, shapes: Shapes, degree: int | None, near
     expect(near, "far_gain", "None without a window or sinks, where it would cancel", type(far_gain))
     expect(degree is not None, "far_gain", "None without a degree, where nothing is far", type(far_gain))
     expect_tensor("far_gain", far_gain, 1, "[Hq]")
-    _expect_float("far_gain", far_gain)
+    expect_float("far_gain", far_gain)
     expect(far_gain.device == shapes.device, "far_gain", f"the query's device {shapes.device}", far_gain.device)
     _expect_shape("far_gain", far_gain, (shapes.query_heads,))
 
@@ -192,7 +192,8 @@ def check_data(cu_seqlens: Tensor | None, log_decay: Tensor | None, tokens: int)
         expect(good, "cu_seqlens", f"non-decreasing borders from 0 to {tokens}", borders)
 
 
-def _expect_float(name: str, x: Tensor) -> None:
+def expect_float(name: str, x: Tensor) -> None:
+    """Refuse a tensor of numbers that attention does not compute with."""
     if x.dtype not in _FLOATS:
         expect(False, name, "a floating-point tensor of 16, 32 or 64 bits", x.dtype)
 
