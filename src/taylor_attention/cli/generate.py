@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import click
 
 from ..core.locks import locked
-from ..errors import LARGEST_INT, ArgumentError
+from ..errors import LARGEST_INT, ArgumentError, StorageError
 from ..lm import generation
 from ..lm.session import Session, uninterrupted
 from ..lm.threads import thread_count
@@ -61,6 +61,8 @@ def generate(
     """
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     generation.check_sampling(**sampling)  # type: ignore[arg-type]
+    if session == "":
+        raise click.UsageError("--session: expected the name of a file, got an empty one")
     if as_json and tokens == 0:
         raise click.UsageError("--json: expected a number of --tokens, got 0 (a text without end)")
     with contextlib.ExitStack() as stack:
@@ -81,9 +83,7 @@ def _source(prompt: str | None, file: str | None, session: str | None) -> Iterat
     if prompt == "":
         raise click.UsageError("PROMPT: expected at least one byte, got an empty text")
     if file is not None and file != "-":
-        with open(file, "rb") as stream:
-            if not stream.peek(1):
-                raise click.UsageError(f"--file: expected at least one byte, got the empty file {file}")
+        with _opened(file) as stream:
             yield stream
     elif file == "-" or prompt == "-":
         yield sys.stdin.buffer
@@ -93,6 +93,20 @@ def _source(prompt: str | None, file: str | None, session: str | None) -> Iterat
         yield None
     else:
         raise click.UsageError("PROMPT: expected a text, --file, or --session with an existing file, got none")
+
+
+def _opened(file: str) -> BinaryIO:
+    """A file with something in it, to be read."""
+    try:
+        stream = open(file, "rb")  # noqa: SIM115  # who asked for it closes it
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(stream)
+            if not stream.peek(1):
+                raise click.UsageError(f"--file: expected at least one byte, got the empty file {file}")
+            stack.pop_all()
+    except OSError as error:
+        raise click.UsageError(f"--file: expected a file that can be read, got {file} ({error.strerror})") from error
+    return stream
 
 
 def _open(model: LanguageModel, path: str | None, seed: int | None) -> Session:
@@ -132,7 +146,7 @@ class Run:
         total = _remaining(source)
         with progress_bar() as bar:
             task = bar.add_task("reading", total=total, visible=total is None or total > _READ)
-            while block := source.read(_READ):
+            while block := _next_block(source):
                 self.session.read(block)
                 self.read += len(block)
                 bar.update(task, completed=self.read)
@@ -216,6 +230,13 @@ class Run:
                 "interrupted": self.interrupted,
             }
         )
+
+
+def _next_block(source: BinaryIO) -> bytes:
+    try:
+        return source.read(_READ)
+    except OSError as error:
+        raise StorageError(f"PROMPT: cannot be read ({error.strerror})") from error
 
 
 def _remaining(source: BinaryIO) -> int | None:

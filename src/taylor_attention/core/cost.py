@@ -158,7 +158,7 @@ def break_even_context(
         elements = state_size(head_dim, degree, value_dim=value_dim, kv_heads=kv_heads, **near)
         ours = elements * _to_dtype(dtype).itemsize
         cached = cache_size(1, head_dim, value_dim=value_dim, kv_heads=kv_heads)
-        per_context_token = cached * _to_dtype(cache_dtype).itemsize
+        per_context_token = cached * _to_dtype(cache_dtype, "cache_dtype").itemsize
     return -(-ours // per_context_token)
 
 
@@ -242,7 +242,7 @@ def plan(
     expect_int("layers", layers, 1)
     kv_heads, value_dim = _expect_heads(heads, kv_heads), _default(value_dim, head_dim, "value_dim")
     state_dtype = _to_dtype(dtype)
-    kept_dtype = state_dtype if cache_dtype is None else _to_dtype(cache_dtype)
+    kept_dtype = state_dtype if cache_dtype is None else _to_dtype(cache_dtype, "cache_dtype")
     near = {"window": window, "sinks": sinks, "heavy": heavy}
     elements = state_size(head_dim, degree, value_dim=value_dim, kv_heads=kv_heads, **near)
     cached_bytes = cache_size(context, head_dim, value_dim=value_dim, kv_heads=kv_heads) * kept_dtype.itemsize
@@ -315,10 +315,10 @@ def _expect_heads(heads: int, kv_heads: int | None) -> int:
     return kv_heads
 
 
-def _to_dtype(dtype: torch.dtype | str) -> torch.dtype:
+def _to_dtype(dtype: torch.dtype | str, argument: str = "dtype") -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     floating = isinstance(found, torch.dtype) and found.is_floating_point
-    expect(floating, "dtype", "a floating-point dtype such as 'float32' or torch.bfloat16", shown(dtype))
+    expect(floating, argument, "a floating-point dtype such as 'float32' or torch.bfloat16", shown(dtype))
     assert isinstance(found, torch.dtype)
     return found
 
