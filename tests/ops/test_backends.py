@@ -249,7 +249,7 @@ expected = ta.attention(query, query, value, degree=2, backend="cpu")  # in one 
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, -1))
 try:
-    ta.attention(query, query, value, degree=2, backend="cpu", chunk_size=2)  # 4.6 GB of moments
+    ta.attention(query, query, value, degree=2, backend="cpu", chunk_size=2, max_state_bytes=2**40)  # 4.6 GB
 except MemoryError:
     print("MemoryError")
 print(torch.equal(ta.attention(query, query, value, degree=2, backend="cpu"), expected))

@@ -28,9 +28,9 @@ KINDS: dict[str, dict[str, Any]] = {  # large enough to be shared out among thre
     "double": {"heads": 3, "length": 400, "head_dim": 16, "value_dim": 16, "dtype": torch.float64},
     "decay and holes": {"heads": 3, "length": 400, "head_dim": 16, "value_dim": 8, "decay": "soft", "mask": "holes"},
     "all": {"heads": 4, "kv_heads": 1, "length": 400, "queries": 300, "head_dim": 16, "value_dim": 8, "causal": False},
-    "near": {"heads": 3, "length": 400, "head_dim": 16, "value_dim": 8, "window": 70, "sinks": 3, "decay": "soft"},
-    "heavy": {"heads": 2, "length": 400, "head_dim": 16, "value_dim": 8, "window": 40, "heavy": 5},
-    "fitted": {"heads": 2, "length": 400, "head_dim": 16, "value_dim": 8, "window": 40, "reading": "fitted"},
+    "near": {"heads": 3, "length": 400, "head_dim": 16, "value_dim": 8, "window": 20, "sinks": 3, "decay": "soft"},
+    "heavy": {"heads": 2, "length": 120, "head_dim": 16, "value_dim": 8, "window": 15, "heavy": 5},
+    "fitted": {"heads": 2, "length": 400, "head_dim": 16, "value_dim": 8, "window": 20, "reading": "fitted"},
 }
 LARGE_STATE = {"heads": 8, "head_dim": 32, "value_dim": 32, "degree": 3, "length": 3}  # a step is shared out too
 
@@ -59,7 +59,7 @@ def continue_(sizes: dict[str, Any], backend: str, threads: int) -> list[Tensor]
     """Outputs and state of decoding one token after the other, over a few folds of the tail."""
     torch.set_num_threads(threads)
     problem = problem_of(**sizes)
-    y, state = decode(problem.part(0, min(problem.length, 140)), backend=backend)
+    y, state = decode(problem.part(0, min(problem.length, 48)), backend=backend)
     return [y, *state.tensors().values()]
 
 
@@ -75,7 +75,7 @@ each_case = pytest.mark.parametrize(("way", "kind"), CASES, ids=[f"{way.__name__
 # ---- again, and on other numbers of threads --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["plain", "decay and holes", "heavy"])
+@pytest.mark.parametrize("kind", ["decay and holes", "heavy"])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_call_twice_gives_the_same_bits(way: Callable[..., list[Tensor]], kind: str):
     """PyTorch's own products, on as many threads; on another number, their sums are cut differently."""
@@ -125,7 +125,7 @@ def test_beside_others_is_as_alone(
 ):
     """Sizes that no other test has: what is made once for each is made by several threads at the same time."""
     monkeypatch.setattr("taylor_attention.ops.decode._KNOWN_LIMIT", 2)  # what is remembered is forgotten on the way
-    common = {"heads": 3, "length": 130, "head_dim": 11 + threads, "value_dim": 6, "degree": 2, "decay": "soft"}
+    common = {"heads": 3, "length": 50, "head_dim": 11 + threads, "value_dim": 6, "degree": 2, "decay": "soft"}
     jobs = [{**common, "seed": seed, "window": seed % 2 * 9} for seed in range(6)]
     start = threading.Barrier(3)
 

@@ -190,14 +190,15 @@ def _check(
     check_state(
         state, shapes, degree, scale, state.window, state.sinks, state.heavy, (query, key, value, log_decay, far_gain)
     )
+    check_choices(backend, None)
+    kernels = uses_kernels(backend, query.device)
     expect(shapes.device.type != "meta", "state", "tensors with data, to change them in place", "ones on meta")
     expect(state.is_contiguous, "state", "contiguous tensors, to change them in place", "others")
-    check_choices(backend, None)
     check_reading(reading, series, True)
     coefficients, positive = resolve(check_series(series), degree)
     fitted, plan = reading == "fitted", None
     checked = not positive and (degree % 2 == 1 if fitted and degree is not None else True)
-    if shapes.queries == 1 and uses_kernels(backend, query.device):
+    if shapes.queries == 1 and kernels:
         safe_share = SAFE_SHARE * abs(coefficients[0]) if checked else None
         inputs = (query, key, value)
         plan = compiled.plan_step(inputs, visible, log_decay, far_gain, state, coefficients, fitted, safe_share)
