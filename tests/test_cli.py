@@ -383,12 +383,13 @@ def test_train_prints_a_summary(folder: Path, tmp_path: Path):
 
 
 def test_train_reads_scores_as_it_is_told(folder: Path, tmp_path: Path):
-    options = "--reading", "fitted", "--window", 4, "--far-gain"
+    options = "--reading", "fitted", "--window", 4, "--far-gain", "--conv", 3
     ok("train", folder / "text.txt", "--out", tmp_path / "run", *SMALL, *options)
     made = tmp_path / "run" / "model.safetensors"
     model, _ = load_checkpoint(made)
     assert model.config.reading == "fitted"
     assert bool(model.blocks[0].attention.far_log_gain.all())  # it was 0
+    assert model.blocks[0].attention.conv.weight.shape[-1] == model.config.conv == 3
     ok("generate", "hi", "-n", 3, "--model", made)
     assert load_checkpoint(folder / "taylor")[0].config.reading == "taylor"
 

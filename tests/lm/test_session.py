@@ -27,10 +27,12 @@ def build(attention: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     return LanguageModel(config).to(dtype).eval()
 
 
-@pytest.fixture(params=["taylor", "softmax", "window"])
+@pytest.fixture(params=["taylor", "softmax", "window", "convolution"])
 def model(request: pytest.FixtureRequest) -> LanguageModel:
     if request.param == "window":
         return build("taylor", window=24, sinks=2, heavy=4)
+    if request.param == "convolution":
+        return build("taylor", conv=4, decay="token")
     return build(request.param)
 
 

@@ -28,6 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no rope, odd width": {"rope": False, "head_dim": 3},
     "no norm": {"qk_norm": False},
     "bias and scale": {"bias": True, "scale": 0.3},
+    "convolution": {"conv": 3, "num_kv_heads": 2, "decay": "token"},
+    "long convolution, window": {"conv": 6, "window": 2, "rope": False},
     # nothing to softmax
     "window and sinks": {"window": 4, "sinks": 2, "decay": "token", "num_kv_heads": 2},
     "fitted": {"reading": "fitted", "num_kv_heads": 2},
@@ -36,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "far gain": {"far_gain": True, "window": 4, "sinks": 2, "num_kv_heads": 2, "decay": "token"},
     "far gain, fitted": {"far_gain": True, "window": 3, "reading": "fitted"},
 }
+SPREAD = {"key_center": 0.3, "far_log_gain": 1.0, "conv.weight": 0.6}
 TAYLORS = ("degree", "window", "sinks", "reading", "center_keys", "far_gain")
 
 
@@ -44,12 +47,12 @@ def build(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Atte
     torch.manual_seed(1)
     sizes = {"num_kv_heads": None, "head_dim": 4} | options
     if kind == "softmax":
-        return SoftmaxAttention(D_MODEL, 4, **sizes).to(dtype)
-    layer = TaylorAttention(D_MODEL, 4, **own, **sizes).to(dtype)
-    if layer.key_center is not None:  # zeros are nothing to test with
-        nn.init.normal_(layer.key_center, std=0.3)
-    if layer.far_log_gain is not None:
-        nn.init.normal_(layer.far_log_gain)
+        layer: Attention = SoftmaxAttention(D_MODEL, 4, **sizes).to(dtype)
+    else:
+        layer = TaylorAttention(D_MODEL, 4, **own, **sizes).to(dtype)
+    for name, parameter in layer.named_parameters():  # zeros are nothing to test with
+        if name in SPREAD:
+            nn.init.normal_(parameter, std=SPREAD[name])
     return layer
 
 
@@ -325,6 +328,9 @@ def test_autocast_keeps_the_keys_dtype():
         ({"value_dim": -1}, "value_dim: expected an int >= 1, got -1"),
         ({"decay": "heads"}, "decay: expected None, 'head' or 'token', got 'heads'"),
         ({"scale": -1.0}, "scale: expected a number > 0, got -1.0"),
+        ({"conv": 1}, "conv: expected 0 or an int >= 2, got 1"),
+        ({"conv": True}, "conv: expected 0 or an int >= 2, got True"),
+        ({"conv": 4, "causal": False}, "conv: expected 0 in a layer that is not causal, got 4"),
         ({"degree": 1.5}, "degree: expected an int >= 0, got 1.5"),
         ({"reading": "exact"}, "reading: expected one of ('taylor', 'fitted'), got 'exact'"),
         ({"reading": "fitted", "causal": False}, "causal: expected True with reading='fitted', got False"),
@@ -358,3 +364,7 @@ def test_misused_calls_are_named(kind: str):
         layer(x, state=layer.new_state(3))
     with pytest.raises(ArgumentError, match=r"key_padding_mask: expected torch.bool \[2, 13\], as x"):
         layer(x, key_padding_mask=torch.ones(B, T))
+    with pytest.raises(ArgumentError, match="state: expected a ConvolvedState from new_state, got"):
+        build(kind, conv=3)(x, state=layer.new_state(B))
+    with pytest.raises(ArgumentError, match="state: expected a .* from new_state, got ConvolvedState"):
+        layer(x, state=build(kind, conv=3).new_state(B))

@@ -52,6 +52,7 @@ def test_any_split_is_one_forward(attention: str, decay: str | None, cuts: list[
 @pytest.mark.parametrize(
     "options",
     [
+        {"conv": 3},
         {"reading": "fitted"},
         {"reading": "fitted", "window": 3},
         {"center_keys": True},
@@ -65,18 +66,21 @@ def test_how_scores_are_read_is_passed_to_all_layers(options: dict[str, Any]):
     for block in model.blocks:
         assert block.attention.reading == options.get("reading", "taylor")
         assert (block.attention.key_center is not None) == options.get("center_keys", False)
+        assert (block.attention.conv is not None) == ("conv" in options)
         assert (block.attention.far_log_gain is not None) == options.get("far_gain", False)
-    for gain in [weight for name, weight in model.named_parameters() if name.endswith("far_log_gain")]:
-        torch.nn.init.normal_(gain)
+    for name, weight in model.named_parameters():
+        if name.endswith(("far_log_gain", "conv.weight")):
+            torch.nn.init.normal_(weight)
     states = model.new_states(2)
     decoded = torch.cat([model.decode_(part, states) for part in tokens.tensor_split([3, 4, 5], dim=1)], dim=1)
     assert relative_error(decoded, model(tokens)) < TOLERANCE[torch.float64]
-    softmax = build("softmax", **options)  # keeps them unused
-    assert softmax.state_dict().keys() == build("softmax").state_dict().keys()
+    softmax = build("softmax", **options)  # keeps them unused, but for the convolution
+    assert softmax.state_dict().keys() == build("softmax", conv=options.get("conv", 0)).state_dict().keys()
 
 
-def test_left_padding_changes_nothing(attention: str):
-    model, tokens = build(attention), text(1, 6)
+@pytest.mark.parametrize("conv", [0, 3])
+def test_left_padding_changes_nothing(attention: str, conv: int):
+    model, tokens = build(attention, conv=conv), text(1, 6)
     padded = torch.cat([text(1, 3), tokens], dim=1)
     mask = torch.tensor([[False] * 3 + [True] * 6])
     logits, states = model(padded, return_states=True, key_padding_mask=mask)
@@ -86,8 +90,9 @@ def test_left_padding_changes_nothing(attention: str):
     assert relative_error(model.decode_(following, states), expected) < TOLERANCE[torch.float64]
 
 
-def test_states_go_through_their_tensors(attention: str):
-    model, tokens = build(attention), text(2, 9)
+@pytest.mark.parametrize("conv", [0, 3])
+def test_states_go_through_their_tensors(attention: str, conv: int):
+    model, tokens = build(attention, conv=conv), text(2, 9)
     states = model.new_states(2)
     model.decode_(tokens, states)
     stored = [
@@ -158,7 +163,7 @@ def test_compiles_whole(attention: str):
 
 
 def test_configuration_goes_through_a_dictionary():
-    config = ModelConfig(attention="softmax", num_kv_heads=4, decay=None, value_dim=8, reading="fitted")
+    config = ModelConfig(attention="softmax", num_kv_heads=4, decay=None, value_dim=8, reading="fitted", conv=4)
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
@@ -174,6 +179,7 @@ def test_configuration_goes_through_a_dictionary():
         ({"center_keys": "yes"}, "center_keys: expected a bool, got 'yes'"),
         ({"far_gain": "yes"}, "far_gain: expected a bool, got 'yes'"),
         ({"far_gain": True}, "far_gain: expected False without a degree, or without a window or sinks, got True"),
+        ({"conv": 1.5}, "conv: expected 0 or an int >= 2, got 1.5"),
         ({"decay": "yes"}, "decay: expected None, 'head' or 'token', got 'yes'"),
         ({"mlp_ratio": 0}, "mlp_ratio: expected a number > 0, got 0"),
     ],

@@ -49,6 +49,7 @@ def _setting(flag: str, field: str, help: str, **options: Any) -> Callable[[Any]
 @_setting("--kv-heads", "num_kv_heads", "Key/value heads, a divisor of --heads [--heads].", type=int)
 @_setting("--head-dim", "head_dim", "Entries of a query or key [--width / --heads].", type=int)
 @_setting("--decay", "decay", "Forgetting.", type=click.Choice(["none", "head", "token"]))
+@_setting("--conv", "conv", "Width of a short convolution before the heads, or 0.")
 @_setting("--steps", "steps", "Optimiser steps.")
 @_setting("--batch", "batch_size", "Windows of text in a step.")
 @_setting("--length", "sequence_length", "Bytes in a window.")

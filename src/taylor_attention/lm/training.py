@@ -266,7 +266,7 @@ def _optimizer(model: LanguageModel, config: TrainingConfig) -> torch.optim.Adam
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and not name.endswith("key_center")  # one vector per head
+        is_matrix = parameter.ndim >= 2 and not name.endswith(("key_center", "conv.weight"))  # vectors side by side
         (matrices if is_matrix else others).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},

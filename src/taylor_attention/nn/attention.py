@@ -64,10 +64,7 @@ class TaylorAttention(Attention):
         self.key_center = nn.Parameter(torch.zeros(self.num_kv_heads, self.head_dim)) if center_keys else None
         self.far_log_gain = nn.Parameter(torch.zeros(self.num_heads)) if far_gain else None
 
-    def new_state(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> State:
-        """The state of `batch_size` sequences before their first token: float32, or float64 in a float64 layer."""
+    def _new_state(self, batch_size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> State:
         weight = self.key.weight
         return State.zeros(
             batch_size,
@@ -144,10 +141,9 @@ class SoftmaxAttention(Attention):
 
     _state_type = KeyValueCache
 
-    def new_state(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    def _new_state(
+        self, batch_size: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> KeyValueCache:
-        """An empty cache for `batch_size` sequences, in the layer's dtype unless told."""
         weight = self.key.weight
         return KeyValueCache.zeros(
             batch_size,
@@ -171,9 +167,7 @@ class SoftmaxAttention(Attention):
         if state is None and not return_state:  # training: no cache
             sums = None if heads.log_decay is None else heads.log_decay.double().cumsum(-1)
             return self._attend(heads.query, heads.key, heads.value, sums, heads.key_padding_mask), None
-        past = (
-            self.new_state(len(heads.key), device=heads.key.device, dtype=heads.key.dtype) if state is None else state
-        )
+        past = self._new_state(len(heads.key), heads.key.device, heads.key.dtype) if state is None else state
         after = past.extended(*heads[1:])
         return self._attend_cache(heads.query, after), after
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import expect, expect_bool, expect_int, is_number, shown
 from ..ops.validation import expect_tensor
+from .convolution import ConvolvedState, ShortConvolution, check_conv
 from .decay import Decay
 from .norm import RMSNorm
 from .rotary import Rotation, positions, rotate, rotation
@@ -41,6 +42,8 @@ class Attention(nn.Module):
         rope: rotate queries and keys by their positions, which go on from the state's token counts.
         rope_base: base of the rotation's wavelengths.
         decay: None; "head" (one learned constant per key/value head); "token" (a gate computed from the input).
+        conv: width of a short causal convolution, one weight per channel, of what queries, keys and values are each
+            made of: a token's own input and the conv - 1 before it; 0 for none. The state remembers those inputs.
         bias: whether the projections have biases.
         causal: whether a token sees only itself and what came before.
         scale: multiplies the scores; default head_dim ** -0.5.
@@ -63,6 +66,7 @@ class Attention(nn.Module):
         rope: bool = True,
         rope_base: float = 10000.0,
         decay: str | None = None,
+        conv: int = 0,
         bias: bool = False,
         causal: bool = True,
         scale: float | None = None,
@@ -71,6 +75,7 @@ class Attention(nn.Module):
         for name, flag in {"qk_norm": qk_norm, "rope": rope, "bias": bias, "causal": causal}.items():
             expect_bool(name, flag)
         check_decay(decay, causal)
+        check_conv(conv, causal)
         check_rope_base(rope_base)
         expect(scale is None or (is_number(scale) and scale > 0), "scale", "a number > 0", shown(scale))
         self.d_model, self.num_heads = d_model, num_heads
@@ -86,6 +91,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.decay = None if decay is None else Decay(d_model, self.num_kv_heads, per_token=decay == "token")
+        self.conv = ShortConvolution(d_model, conv) if conv else None
 
     def forward(
         self,
@@ -113,9 +119,12 @@ class Attention(nn.Module):
         """
         self._check(x, state, key_padding_mask, rotation)
         expect_bool("return_state", return_state)
-        mixed, after = self._mix(self._project(x, state, key_padding_mask, rotation), state, return_state)
+        heads, past = self._project(x, state, key_padding_mask, rotation), _attention_state(state)
+        mixed, after = self._mix(heads, past, return_state)
         y = self._merge_heads(mixed)
-        return (y, after) if return_state else y
+        if not return_state:
+            return y
+        return y, after if self.conv is None else ConvolvedState(self._remember(x, state, key_padding_mask), after)
 
     @torch.no_grad()
     def decode_(
@@ -128,7 +137,11 @@ class Attention(nn.Module):
         expect(self.causal, "decode_", "a causal layer", "causal=False")
         expect(state is not None, "state", "a state, from new_state(batch_size)", None)
         self._check(x, state, key_padding_mask, rotation)
-        return self._merge_heads(self._mix_(self._project(x, state, key_padding_mask, rotation), state))
+        heads = self._project(x, state, key_padding_mask, rotation)
+        mixed = self._mix_(heads, _attention_state(state))
+        if self.conv is not None:
+            state.recent.copy_(self._remember(x, state, key_padding_mask))
+        return self._merge_heads(mixed)
 
     def rotation(self, x: Tensor, *, state: Any = None, key_padding_mask: Tensor | None = None) -> Rotation | None:
         """The turn of queries and keys at the positions of x, the same in every layer of a model; None without rope.
@@ -141,7 +154,18 @@ class Attention(nn.Module):
     def new_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Any:
-        """The state of `batch_size` sequences before their first token, on this layer's device unless told."""
+        """The state of `batch_size` sequences before their first token, on this layer's device unless told.
+
+        Numbers are in the layer's dtype unless told, moments in float32 at least.
+        """
+        state, weight = self._new_state(batch_size, device, dtype), self.key.weight
+        if self.conv is None:
+            return state
+        x = weight.new_empty(batch_size, 0, self.d_model, dtype=dtype, device=device)
+        return ConvolvedState(self.conv.before(x), state)
+
+    def _new_state(self, batch_size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Any:
+        """What `new_state` gives, of attention alone."""
         raise NotImplementedError
 
     def _mix(self, heads: Heads, state: Any, return_state: bool) -> tuple[Tensor, Any]:
@@ -163,6 +187,12 @@ class Attention(nn.Module):
 
     def check_state(self, state: Any, sequences: int) -> None:
         """Raise ArgumentError unless a state is one that this layer can go on with, for so many sequences."""
+        if self.conv is not None:
+            convolved = isinstance(state, ConvolvedState)
+            expect(convolved, "state", "a ConvolvedState from new_state", type(state).__name__)
+            latest = (sequences, self.conv.remembered, self.d_model)
+            expect(state.recent.shape == latest, "state", f"latest inputs {list(latest)}", list(state.recent.shape))
+            state = _attention_state(state)
         kind = self._state_type
         expect(isinstance(state, kind), "state", f"a {kind.__name__} from new_state", type(state).__name__)
         wanted = (sequences, self.num_kv_heads, self.head_dim, self.value_dim)
@@ -200,9 +230,12 @@ class Attention(nn.Module):
     def _project(
         self, x: Tensor, state: Any, key_padding_mask: Tensor | None, rotation: Rotation | None = None
     ) -> Heads:
-        query = self.query_norm(_split_heads(self.query(x), self.head_dim))
-        key = self.key_norm(_split_heads(self.key(x), self.head_dim))
-        value = _split_heads(self.value(x), self.value_dim)
+        for_query, for_key, for_value = (x, x, x)
+        if self.conv is not None:
+            for_query, for_key, for_value = self.conv(x, _recent(state), key_padding_mask)
+        query = self.query_norm(_split_heads(self.query(for_query), self.head_dim))
+        key = self.key_norm(_split_heads(self.key(for_key), self.head_dim))
+        value = _split_heads(self.value(for_value), self.value_dim)
         turn = self._rotation(x, state, key_padding_mask) if rotation is None else rotation
         if turn is not None:
             cosines, sines = (each.to(query.dtype) for each in turn)
@@ -211,8 +244,23 @@ class Attention(nn.Module):
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the norms are float32
         return Heads(query, key, value, log_decay, key_padding_mask)
 
+    def _remember(self, x: Tensor, state: Any, key_padding_mask: Tensor | None) -> Tensor:
+        """What the convolution needs of x and of what came before it."""
+        assert self.conv is not None
+        return self.conv.remember(x, _recent(state), key_padding_mask)
+
     def _merge_heads(self, mixed: Tensor) -> Tensor:
         return self.output(mixed.transpose(1, 2).flatten(2))  # [B, T, d_model]
+
+
+def _attention_state(state: Any) -> Any:
+    """What attention keeps, of a layer's state."""
+    return state.attention if isinstance(state, ConvolvedState) else state
+
+
+def _recent(state: Any) -> Tensor | None:
+    """The latest inputs, of the state of a layer that convolves; None before the first token."""
+    return None if state is None else state.recent
 
 
 def _split_heads(x: Tensor, width: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from ..errors import ArgumentError, expect, expect_bool, expect_int, is_number, 
 from ..ops.validation import check_reading, expect_tensor
 from .attention import SoftmaxAttention, TaylorAttention, check_center_keys, check_far_gain
 from .cache import KeyValueCache
+from .convolution import ConvolvedState, check_conv
 from .layer import MAX_WIDTH, check_decay, check_rope_base, resolve_sizes
 from .norm import RMSNorm
 
@@ -31,7 +33,7 @@ class ModelConfig:
         vocab_size: symbols; 256 for bytes.
         d_model: width of the residual stream.
         num_layers: blocks.
-        num_heads, num_kv_heads, head_dim, value_dim, qk_norm, rope, rope_base, decay: see `TaylorAttention`.
+        num_heads, num_kv_heads, head_dim, value_dim, qk_norm, rope, rope_base, decay, conv: see `TaylorAttention`.
         attention: "taylor" or "softmax".
         degree, window, sinks, heavy, reading, center_keys, far_gain: see `TaylorAttention`; a softmax model keeps them
             unused, so that twins differ in one field.
@@ -57,6 +59,7 @@ class ModelConfig:
     rope: bool = True
     rope_base: float = 10000.0
     decay: str | None = "head"
+    conv: int = 0
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
@@ -69,6 +72,7 @@ class ModelConfig:
         check_reading(self.reading, None, True)
         check_center_keys(self.center_keys)
         check_decay(self.decay)
+        check_conv(self.conv)
         sizes = (self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim, self.rope)
         _, head_dim, _ = resolve_sizes(*sizes)
         check_reach(self.degree, self.window, self.sinks, self.heavy, head_dim)
@@ -80,7 +84,9 @@ class ModelConfig:
     def build_attention(self) -> TaylorAttention | SoftmaxAttention:
         """A new attention layer of this configuration."""
         sizes = (self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim)
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("qk_norm", "rope", "rope_base", "decay")}
+        options: dict[str, Any] = {
+            name: getattr(self, name) for name in ("qk_norm", "rope", "rope_base", "decay", "conv")
+        }
         if self.attention == "softmax":
             return SoftmaxAttention(*sizes, **options)
         for name in ("degree", "window", "sinks", "heavy", "reading", "center_keys", "far_gain"):
@@ -218,8 +224,10 @@ class LanguageModel(nn.Module):
             ArgumentError: they are those of another model.
         """
         expect(len(stored) == len(self.blocks), "states", f"{len(self.blocks)} of them, one per layer", len(stored))
-        kind = KeyValueCache if self.config.attention == "softmax" else State
-        states = [kind.from_tensors(dict(tensors), dict(metadata)) for tensors, metadata in stored]
+        restore: Any = KeyValueCache.from_tensors if self.config.attention == "softmax" else State.from_tensors
+        if self.config.conv:
+            restore = partial(ConvolvedState.from_tensors, attention=restore)
+        states = [restore(dict(tensors), dict(metadata)) for tensors, metadata in stored]
         for layer, (state, own) in enumerate(zip(states, self.new_states(0), strict=True)):
             for name, wanted in own.layout.items():
                 got = state.layout[name]

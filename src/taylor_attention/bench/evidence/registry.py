@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from . import sizes
+from . import length, sizes, training
 from .experiment import Experiment
 
-EXPERIMENTS: dict[str, Experiment] = {each.name: each for each in (sizes.EXPERIMENT,)}
+EXPERIMENTS: dict[str, Experiment] = {
+    each.name: each for each in (sizes.EXPERIMENT, training.EXPERIMENT, length.EXPERIMENT)
+}
