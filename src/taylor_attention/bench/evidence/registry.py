@@ -1,10 +1,20 @@
-"""The experiments there are, in the order in which they are told."""
+"""All experiments, in the order in which they are shown."""
 
 from __future__ import annotations
 
-from . import length, sizes, training
+from . import capacity, length, precision, recall, reconstruction, runtime, score_map, sizes, training
 from .experiment import Experiment
 
-EXPERIMENTS: dict[str, Experiment] = {
-    each.name: each for each in (sizes.EXPERIMENT, training.EXPERIMENT, length.EXPERIMENT)
-}
+_ALL = (
+    sizes.EXPERIMENT,
+    precision.EXPERIMENT,
+    reconstruction.EXPERIMENT,
+    runtime.EXPERIMENT,
+    score_map.EXPERIMENT,
+    training.EXPERIMENT,
+    length.EXPERIMENT,
+    capacity.EXPERIMENT,
+    recall.EXPERIMENT,
+)
+
+EXPERIMENTS: dict[str, Experiment] = {each.name: each for each in _ALL}
