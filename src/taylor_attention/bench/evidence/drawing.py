@@ -28,6 +28,12 @@ def panels(columns: int, rows: int = 1, *, width: float = PANEL[0], height: floa
     return figure, axes
 
 
+def add_legend(axes: Any, **look: Any) -> None:
+    """A legend of what has a label, if anything has."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small", **look)
+
+
 def save_pictures(pictures: Iterable[Picture], folder: Path) -> list[Path]:
     """Write each picture as a PNG."""
     files = []

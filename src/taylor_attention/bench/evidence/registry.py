@@ -1,4 +1,4 @@
-"""All experiments, in the order in which they are shown."""
+"""The experiments there are, in the order in which they are told."""
 
 from __future__ import annotations
 
