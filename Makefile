@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 KERNELS := $(wildcard src/taylor_attention/ops/kernels/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run bench test slow soak mutate lint format clean
+.PHONY: help setup run bench report test slow soak mutate lint format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,17 @@ run: setup ## Show what the library does: constant time and memory per token on 
 
 bench: setup ## Measure attention on this machine beside softmax (half an hour; results in runs/bench)
 	@$(BIN)/taylor-attention bench
+
+# Cases that are timed run alone, the others side by side. Only a full run is kept in docs.
+REPORT := runs/$(if $(QUICK),quick,report)
+report: setup ## Measure the evidence again (an hour) and renew docs with it; QUICK=1: a first look; RESUME=1: go on
+	@$(BIN)/taylor-attention reproduce --out $(REPORT) $(if $(QUICK),--quick) $(if $(RESUME),--resume)
+ifdef QUICK
+	@$(BIN)/taylor-attention report --results $(REPORT)
+else
+	@mkdir -p docs/results && cp $(REPORT)/*.json docs/results
+	@$(BIN)/taylor-attention report --results docs/results --markdown docs/evidence.md --out $(REPORT)/report.html
+endif
 
 # One process per core and one thread in each: tests of threads set their own number.
 test: lint ## Lint, types and every test that is not slow

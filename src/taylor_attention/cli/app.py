@@ -20,6 +20,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .needles import needles
 from .plan import plan
+from .report import report
 from .reproduce import reproduce
 from .soak import soak
 from .train import train
@@ -88,5 +89,5 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (plan, bench, needles, soak, reproduce, train, generate, evaluate, demo):
+for command in (plan, bench, needles, soak, reproduce, report, train, generate, evaluate, demo):
     app.add_command(command)
