@@ -153,6 +153,7 @@ def _draw_scales(axes: Any, findings: Findings) -> None:
         look = {"color": "k"} if degree is EXACT else {"color": f"C{color}"}
         axes.plot(x, y, "o-", markersize=4, label="softmax" if degree is EXACT else f"degree {degree}", **look)
     axes.set(xscale="log", yscale="log", xlabel=f"score of a key with itself (d = {head_dim})")
+    axes.set_ylabel(f"pairs at {LEVELS[-1]:.0%}")
     peaks = sorted({each.case["peak"] for each in own})
     axes.set_xticks(peaks, [number(peak, 2) for peak in peaks])
     axes.set_xticks([], minor=True)

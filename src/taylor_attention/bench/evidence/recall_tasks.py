@@ -2,7 +2,7 @@
 
 The settings of multi-query associative recall are those of Zoology (Arora et al. 2023; pairs first, then each key once,
 gaps by a power law of exponent 0.01 - 1) and Based (Arora et al. 2024; trained on sequences of 4 to 64 pairs, 2 layers,
-a short convolution, no positions), smaller: 256 keys and 256 values instead of 8,192 symbols, and a few hundred steps.
+a short convolution, no positions), smaller: 256 keys and 256 values instead of 8,192 symbols, and hundreds of steps.
 """
 
 from __future__ import annotations
