@@ -21,11 +21,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "softmax": softmax(32),
     "softmax, RoPE": softmax(32, rope=True),
     "softmax, decay": softmax(32, decay="head"),
-    "window 128 alone": heads(32, degree=None, window=128),
+    "window 256 alone": heads(32, degree=None, window=256),
     "degree 2": heads(32, degree=2),
     "degree 2, RoPE": heads(32, degree=2, rope=True),
     "degree 2, decay": heads(32, degree=2, decay="head"),
-    "degree 2 + window 32, decay": heads(32, degree=2, window=32, decay="head"),
+    "degree 2 + window 128": heads(32, degree=2, window=128, num_kv_heads=1),
+    "degree 2 + window 128, decay": heads(32, degree=2, window=128, num_kv_heads=1, decay="head"),
     "degree 4, heads of 8": heads(8, degree=4),
 }
 """Heads of 32 unless they say otherwise."""
@@ -33,11 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
 LONGEST = 65_536
 QUICK = 4096
 BLOCK = 512
+TICKS = (512, 2048, 8192, 32_768)
 
 
 def plan(quick: bool) -> list[Case]:
     """Every model; a quick look reads less, with less trained models, and fewer of them."""
-    models = ("softmax", "degree 2, decay", "window 128 alone") if quick else MODELS
+    models = ("softmax", "degree 2, decay", "window 256 alone") if quick else MODELS
     return [{"model": name, "steps": 60 if quick else STEPS["notes"], "tokens": QUICK if quick else LONGEST}
             for name in models]  # fmt: skip
 
@@ -135,6 +137,8 @@ def pictures(findings: Findings) -> list[Picture]:
                 x, y = [place["to"] for place in places], [place["loss"] for place in places]
                 where.plot(x, y, marker="o", markersize=3, color=f"C{shade}", label=name)
         where.set(xscale="log", xlabel="position, at most", ylabel="loss (nats per byte)", title=title)
+        where.set_xticks(TICKS, [f"{tick:,}" for tick in TICKS])
+        where.minorticks_off()
         where.axvline(LENGTH, color="gray", linestyle=":")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     caption = (

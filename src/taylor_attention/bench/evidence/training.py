@@ -40,16 +40,23 @@ MAIN: dict[str, dict[str, Any]] = {
     "softmax, 2 x 32": softmax(32),
     "softmax, 4 x 16": softmax(16),
     "softmax, 8 x 8": softmax(8),
-    "window 128 alone, 2 x 32": heads(32, degree=None, window=128),
+    "window 256 alone, 2 x 32": heads(32, degree=None, window=256),
     "degree 2, 2 x 32": heads(32, degree=2),
     "degree 2, 4 x 16": heads(16, degree=2),
     "degree 4, 8 x 8": heads(8, degree=4),
     "degree 2 + window 32, 2 x 32, 1 kv": heads(32, degree=2, window=32, num_kv_heads=1),
+    "degree 2 + window 128, 2 x 32, 1 kv": heads(32, degree=2, window=128, num_kv_heads=1),
+    "degree 2 + window 32, 2 x 36, 1 kv": {
+        **heads(32, degree=2, window=32, num_kv_heads=1),
+        "head_dim": 36,
+        "value_dim": 32,
+    },
 }
 """What is run with every seed."""
 
 SIDE: dict[str, dict[str, Any]] = {
     "window 32 alone, 2 x 32": heads(32, degree=None, window=32),
+    "window 128 alone, 2 x 32": heads(32, degree=None, window=128),
     "degree 2, 1 x 64": heads(64, degree=2),
     "degree 2, 8 x 8": heads(8, degree=2),
     "degree 1, 2 x 32": heads(32, degree=1),
@@ -68,8 +75,11 @@ SIDE: dict[str, dict[str, Any]] = {
     "degree 2, 2 x 32: fitted": heads(32, degree=2, reading="fitted"),
     "degree 2, 2 x 32: centred keys": heads(32, degree=2, center_keys=True),
     "degree 2 + window 32 + 4 sinks, 2 x 32, 1 kv": heads(32, degree=2, window=32, sinks=4, num_kv_heads=1),
+    "degree 2 + window 32, 2 x 32, 1 kv: decay per token": heads(
+        32, degree=2, window=32, num_kv_heads=1, decay="token"
+    ),
+    "degree 2 + window 32, 2 x 32, 1 kv: fitted": heads(32, degree=2, window=32, num_kv_heads=1, reading="fitted"),
     "degree 2 + window 32 + far gain, 2 x 32, 1 kv": heads(32, degree=2, window=32, far_gain=True, num_kv_heads=1),
-    "degree 2 + window 128, 4 x 16": heads(16, degree=2, window=128),
     "softmax, 2 x 32: without convolution": softmax(32, conv=0),
     "softmax, 2 x 32: with RoPE": softmax(32, rope=True),
 }
@@ -84,7 +94,7 @@ SEEDS = 3
 def plan(quick: bool) -> list[Case]:
     """The main rows with all seeds, the others with the first; a quick look takes four rows and fewer steps."""
     if quick:
-        rows = ("softmax, 2 x 32", "window 32 alone, 2 x 32", "degree 2, 2 x 32", "degree 3, 8 x 8")
+        rows = ("softmax, 2 x 32", "window 32 alone, 2 x 32", "degree 2 + window 128, 2 x 32, 1 kv", "degree 3, 8 x 8")
         return [_case("notes", row, 0, 60) for row in rows]
     cases = [_case("notes", row, run, STEPS["notes"]) for run in range(SEEDS) for row in MAIN]
     cases += [_case("notes", row, 0, STEPS["notes"]) for row in SIDE]

@@ -9,11 +9,12 @@ from .learning import DISTANCES
 SHOWN = (
     "softmax, 2 x 32",
     "window 32 alone, 2 x 32",
-    "window 128 alone, 2 x 32",
+    "window 256 alone, 2 x 32",
     "degree 2, 2 x 32",
     "degree 2, 4 x 16",
     "degree 4, 8 x 8",
     "degree 2 + window 32, 2 x 32, 1 kv",
+    "degree 2 + window 128, 2 x 32, 1 kv",
 )
 """Rows whose recall and curves are drawn, of the first seed."""
 
