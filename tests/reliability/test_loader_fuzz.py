@@ -454,7 +454,7 @@ def with_other_degree(text: str) -> str:
 
 COMMON = {
     "seed a word": (put("seed", "one"), "invalid literal for int"),
-    "seed too large": (put("seed", str(2**64)), "seed: expected an int of 64 bits"),
+    "seed too large": (put("seed", str(2**64)), "seed: expected an int <= 9,223,372,036,854,775,807"),
     "unshown no bytes": (put("unshown", "xyz"), "non-hexadecimal"),
     "another model": (put("model", "0" * 64), "model: expected the one that made the session, got another"),
     "generator cut": (put("generator", lambda x: x[:-1]), "size 5056|wrong size"),
@@ -565,12 +565,15 @@ def test_a_session_that_could_not_be_loaded_is_not_saved(tmp_path: Path, name: s
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"d_model": 2**20}, "configuration: expected a model of at most"),
-        ({"num_layers": 2**40}, "configuration: expected a model of at most"),
-        ({"vocab_size": 2**60}, "configuration: expected a model of at most"),
-        ({"head_dim": 2**40}, "configuration: expected a model of at most"),
-        ({"mlp_ratio": 1e300}, "configuration: expected a model of at most"),
-        ({"mlp_ratio": float("inf")}, "expected a model configuration, got cannot convert float infinity"),
+        ({"d_model": 2**17}, "configuration: expected a model of at most"),
+        ({"num_layers": 2**12}, "configuration: expected a model of at most"),
+        ({"vocab_size": 2**20}, "configuration: expected a model of at most"),
+        ({"head_dim": 2**20, "degree": 2}, "configuration: expected a model of at most"),
+        ({"mlp_ratio": 1e4}, "configuration: expected a model of at most"),
+        ({"num_layers": 2**40}, "num_layers: expected an int <= 4,096"),
+        ({"vocab_size": 2**60}, "vocab_size: expected an int <= 1,048,576"),
+        ({"mlp_ratio": 1e300}, "mlp_ratio: expected an MLP 1 to 1,048,576 wide"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio: expected a number > 0, got inf"),
     ],
 )
 def test_a_model_larger_than_its_file_is_not_made(tmp_path: Path, config: dict[str, Any], message: str):
@@ -583,7 +586,10 @@ def test_a_model_larger_than_its_file_is_not_made(tmp_path: Path, config: dict[s
 
 
 def test_weights_of_a_type_without_arithmetic_are_refused(tmp_path: Path):
-    save_checkpoint(tmp_path / "model", a_model(), dtype=torch.float8_e5m2)
+    save_checkpoint(tmp_path / "model", a_model())
+    tensors, metadata = read_tensors(tmp_path / "model", kind="model")
+    tensors = {name: x.to(torch.float8_e5m2) for name, x in tensors.items()}
+    write_tensors(tmp_path / "model", tensors, kind="model", metadata=metadata)
     with pytest.raises(StorageError, match="expected floating-point numbers, got torch.float8_e5m2"):
         load_checkpoint(tmp_path / "model")
 

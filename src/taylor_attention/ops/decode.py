@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.ranges import check_tokens
 from ..core.series import Series
 from ..core.state import State, check_scale
-from ..errors import expect
+from ..errors import LARGEST_INT, expect
 from . import compiled
 from .attention import attention
 from .backends import uses_kernels
@@ -102,7 +102,7 @@ def decode_(
             state=state,
             return_state=True,
             backend=backend,
-            max_state_bytes=state.nbytes,
+            max_state_bytes=LARGEST_INT,  # there is one already
         )
         state.assign_(after)
         return y
