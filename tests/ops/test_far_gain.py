@@ -326,10 +326,10 @@ MISUSE = {
     "no near tokens": ({"window": 0}, GAIN, "None without a window or sinks"),
     "no near tokens, fitted": ({"window": 0, "reading": "fitted"}, GAIN, "None without a window or sinks"),
     "no far tokens": ({"degree": None}, GAIN, "None without a degree"),
-    "a number": ({}, 0.5, r"a tensor \[Hq\], got <class 'float'>"),
+    "a number": ({}, 0.5, r"a tensor \[Hq\], got float"),
     "one for each key": ({}, GAIN.expand(2, 4), r"a tensor \[Hq\], got shape \(2, 4\)"),
     "of key/value heads": ({}, GAIN[:2], r"shape \(4,\), got \(2,\)"),
-    "whole numbers": ({}, GAIN.long(), "a floating-point tensor, got torch.int64"),
+    "whole numbers": ({}, GAIN.long(), "a floating-point tensor of 16, 32 or 64 bits, got torch.int64"),
     "elsewhere": ({}, GAIN.to("meta"), "the query's device cpu, got meta"),
 }
 

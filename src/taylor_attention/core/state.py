@@ -42,8 +42,8 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-MAX_NEAR = 2**31 - 1
-"""Longer windows are refused: no attention over them comes to an end."""
+MAX_NEAR = 2**48
+"""Longer windows are refused: so that sums of them are ints of 64 bits everywhere."""
 
 _FOLD_TOGETHER = 2**22  # elements of the moments that are folded at once
 
