@@ -310,13 +310,13 @@ def test_memory_that_grows_is_a_failure(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 MISUSE = {
-    "no tokens": ("expected a whole number >= 1", "--tokens", 0),
-    "half a token": ("expected a whole number >= 1", "--tokens", "1.5"),
-    "no number": ("such as 100_000_000 or 1e8, got many", "--tokens", "many"),
-    "no end": ("expected a whole number >= 1", "--tokens", "inf"),
+    "no tokens": ("expected a whole number from 1 to 2^40, such as 1e8, got 0", "--tokens", 0),
+    "half a token": ("expected a whole number from 1 to 2^40", "--tokens", "1.5"),
+    "no number": ("such as 1e8, got many", "--tokens", "many"),
+    "no end": ("expected a whole number from 1 to 2^40", "--tokens", "inf"),
     "no such stream": ("--stream", "--stream", "river"),
     "no such backend": ("backend: expected one of", "--backend", "none"),
-    "a state too large": ("degree: expected a degree whose state fits", "--degree", 60, "--head-dim", 16),
+    "a state too large": ("degree: expected an int <= 15 at a head size of 16", "--degree", 60, "--head-dim", 16),
     "no block": ("--block", "--block", 0),
 }
 

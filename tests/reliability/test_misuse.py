@@ -131,6 +131,7 @@ BAD: dict[str, Bad] = {
     "folder": values(None, 3, "", "\0", b"x"),
     "fraction": {**NO_NUMBER, **values(None, -0.1, 0, 1, 1.1)},
     "share": {**NO_NUMBER, **values(None, -0.1, 1.1)},
+    "width or 0": {**NO_INT, **values(-1, 1, None, HUGE)},
     "share or None": {**NO_NUMBER, **values(0, -0.1, 1.1)},
 }  # fmt: skip
 
@@ -196,7 +197,7 @@ LAYER = {
     "value_dim": "size or None",
 }
 TAYLOR = {"degree": "degree", **NEAR, "reading": "choice", "center_keys": "flag", "far_gain": "flag"}
-OTHERS = {"qk_norm": "flag", "rope": "flag", "rope_base": "number > 0", "decay": "choice or None"}
+OTHERS = {"conv": "width or 0", "qk_norm": "flag", "rope": "flag", "rope_base": "number > 0", "decay": "choice or None"}
 SAMPLING = {"temperature": "number >= 0", "top_k": "size or None", "top_p": "share or None"}
 STEPS = {"x": "floats", "state": "state or None", "return_state": "flag", "key_padding_mask": "mask or None"}
 

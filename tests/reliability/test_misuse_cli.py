@@ -32,6 +32,7 @@ CALLS = {
     "bench": "--quick --only decode --width 16 --head-dim 8 --context 64 --repeats 1 --budget 0.001 --out {out}",
     "needles": "--margin 1 --ties 1 --age 20 --at 1 1 20 --length 200 --heads 1 --seeds 1 --window 16 --out {out}",
     "soak": "--tokens 64 --block 32 --out {out}",
+    "report": "--results {folder}/results --out {out}.html",
     "reproduce": "--only sizes --quick --out {out}",
     "train": "{folder}/text.txt --layers 1 --width 8 --heads 2 --steps 1 --batch 1 --length 8 --window 2 --out {out}",
     "generate": "hi --model {folder}/taylor -n 1",
@@ -93,6 +94,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_checkpoint(folder / attention, model)
     (folder / "text.txt").write_text("A sentence of a text, naïve as it is.\n" * 100, encoding="utf-8")
     (folder / "noise").write_bytes(bytes(range(256)))
+    made = run(folder, "reproduce", "--only", "sizes", "--quick", "--processes", "1", "--out", str(folder / "results"))
+    assert made.exit_code == 0, made.stderr
     return folder
 
 

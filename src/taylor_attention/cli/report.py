@@ -29,10 +29,11 @@ def report(folder: Path, page: Path | None, document: Path | None, as_json: bool
 
     The pictures of the document that --markdown names go into figures/ beside it.
     """
+    target = page or folder / "report.html"
+    expect(target.name != "", "--out", "the name of a file", target)
     chapters, missing = read_chapters(folder)
     expect(bool(chapters), "--results", "a folder with results of `taylor-attention reproduce`", folder)
     text = _read(document) if document else ""  # judged before anything is written
-    target = page or folder / "report.html"
     make_folder(str(target.parent))
     write_text(target, make_page(chapters, missing))
     if document:
