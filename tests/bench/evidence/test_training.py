@@ -154,6 +154,14 @@ def test_the_recipe_is_the_best_below_the_cache(loss: float, verdict: str):
     assert told[1].endswith(f"{verdict}.")
 
 
+def test_the_recipe_stands_beside_the_softmax_row_with_the_same_positions():
+    findings = [made("softmax, 2 x 32", 2.0, 1000), made("softmax: with RoPE", 1.9, 1000), made("degree 2", 2.02, 999)]
+    assert training.conclusions(findings)[-1] == (
+        "Beside softmax, 2 x 32, which like it has no RoPE, that is 1.0% more."
+    )
+    assert not any("like it" in told for told in training.conclusions(findings[::2]))
+
+
 def test_spread_is_that_of_the_seeds():
     findings = [made("softmax", loss, 1, run) for run, loss in enumerate((2.0, 2.5, 2.1))]
     assert training.tables(findings)[0].rows[0][:4] == ("softmax", "3", "2.200", "0.500")

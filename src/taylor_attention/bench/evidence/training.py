@@ -40,6 +40,7 @@ MAIN: dict[str, dict[str, Any]] = {
     "softmax, 2 x 32": softmax(32),
     "softmax, 4 x 16": softmax(16),
     "softmax, 8 x 8": softmax(8),
+    "softmax, 2 x 32: with RoPE": softmax(32, rope=True),
     "window 256 alone, 2 x 32": heads(32, degree=None, window=256),
     "degree 2, 2 x 32": heads(32, degree=2),
     "degree 2, 4 x 16": heads(16, degree=2),
@@ -81,7 +82,7 @@ SIDE: dict[str, dict[str, Any]] = {
     "degree 2 + window 32, 2 x 32, 1 kv: fitted": heads(32, degree=2, window=32, num_kv_heads=1, reading="fitted"),
     "degree 2 + window 32 + far gain, 2 x 32, 1 kv": heads(32, degree=2, window=32, far_gain=True, num_kv_heads=1),
     "softmax, 2 x 32: without convolution": softmax(32, conv=0),
-    "softmax, 2 x 32: with RoPE": softmax(32, rope=True),
+    "degree 2 + window 128, 2 x 32, 1 kv: with RoPE": heads(32, degree=2, window=128, num_kv_heads=1, rope=True),
 }
 """What is run with the first seed alone."""
 
@@ -208,7 +209,8 @@ def conclusions(findings: Findings) -> list[str]:
             told.append(
                 f"With notes, {best} reaches {least:.3f} nats per byte; {name}: {loss:.3f} ({_more(loss, least)})."
             )
-        told += _recipe({name: each for name, each in ours.items() if each[1] < cache}, best, least, cache)
+        small = {name: each for name, each in ours.items() if each[1] < cache}
+        told += _recipe(small, best, least, cache) + _same_positions(small, caches)
     stopped = [name for name, (loss, _) in rows.items() if loss is None]
     if stopped:
         told.append(f"A normaliser failed while training, which ended the run: {'; '.join(stopped)}.")
@@ -228,6 +230,20 @@ def _recipe(small: dict[str, tuple[float, int]], best: str, least: float, cache:
     return [
         f"Of ours with a state below that cache ({cache / 1024:.0f} KiB), {name} is best: {loss:.3f} nats per byte, "
         f"{_more(loss, least)} than {best}, with {size / 1024:.0f} KiB: {verdict}."
+    ]
+
+
+def _same_positions(small: dict[str, tuple[float, int]], caches: dict[str, tuple[float, int]]) -> list[str]:
+    """The best row of ours beside the softmax row that learns positions in the same way, where that is another one."""
+    if not small:
+        return []
+    name, (loss, _) = min(small.items(), key=lambda item: item[1][0])
+    alike = {other: least for other, (least, _) in caches.items() if ("RoPE" in other) == ("RoPE" in name)}
+    if not alike or len(alike) == len(caches):
+        return []
+    best = min(alike, key=alike.__getitem__)
+    return [
+        f"Beside {best}, which like it has {'' if 'RoPE' in name else 'no '}RoPE, that is {_more(loss, alike[best])}."
     ]
 
 
