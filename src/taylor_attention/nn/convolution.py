@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.values import check_finite
-from ..errors import ArgumentError, StorageError, expect, expect_int
+from ..errors import ArgumentError, StorageError, expect, expect_int, shown
 
 MAX_CONV = 2**12
 """A short convolution is no wider."""
@@ -164,6 +164,7 @@ class ConvolvedState:
 
 def check_conv(conv: int, causal: bool = True) -> None:
     """Raise ArgumentError for a width that is none, or where nothing may come before anything."""
+    good = isinstance(conv, int) and not isinstance(conv, bool) and (conv == 0 or conv >= 2)
+    expect(good, "conv", "0 or an int >= 2", shown(conv))
     expect_int("conv", conv, 0, MAX_CONV)
-    expect(conv != 1, "conv", "0 or an int >= 2", conv)
     expect(causal or conv == 0, "conv", "0 in a layer that is not causal", conv)
