@@ -22,7 +22,8 @@ from tolerances import relative_error
 
 @dataclass(frozen=True)
 class Problem:
-    """One call of attention. `along` holds what is cut together with the tokens: key_padding_mask and log_decay.
+    """One call of attention. `along` holds what is cut together with the tokens: key_padding_mask, log_decay,
+    far_query and far_key.
 
     `options` holds the rest: causal, scale, series, window, sinks, heavy, reading, far_gain. The oracle knows no heavy
     tokens.
@@ -42,8 +43,8 @@ class Problem:
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """What gradients are taken of."""
-        found = (self.query, self.key, self.value)
-        return (*found, self.along["log_decay"]) if "log_decay" in self.along else found
+        along = (self.along[name] for name in ("log_decay", "far_query", "far_key") if name in self.along)
+        return (self.query, self.key, self.value, *along)
 
     def solve(self, **more: Any) -> Any:
         return ta.attention(*self.arguments, degree=self.degree, **self.options, **self.along, **more)
@@ -62,7 +63,7 @@ class Problem:
     def part(self, start: int, stop: int) -> Problem:
         """The tokens start..stop alone."""
         query, key, value = (x[:, :, start:stop] for x in self.arguments)
-        along = {name: x[..., start:stop] for name, x in self.along.items()}
+        along = {name: x[:, :, start:stop] if x.ndim == 4 else x[..., start:stop] for name, x in self.along.items()}
         return replace(self, query=query, key=key, value=value, along=along)
 
     def each(self, function: Any) -> Problem:
@@ -83,6 +84,8 @@ class Problem:
         batch, heads, _, head_dim = self.key.shape
         dtype = torch.float64 if self.key.dtype == torch.float64 else torch.float32
         given = self._given("scale", "window", "sinks", "heavy")
+        if "far_key" in self.along:
+            given["far_dim"] = self.along["far_key"].shape[3]
         return ta.State.zeros(batch, heads, head_dim, self.value.shape[3], self.degree, dtype=dtype, **given)
 
     def _given(self, *names: str) -> dict[str, Any]:
@@ -102,6 +105,7 @@ def make(
     radius: float | None = None,
     mask: str | None = None,
     decay: str | None = None,
+    far_dim: int | None = None,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     **options: Any,
@@ -112,10 +116,11 @@ def make(
     queries = length if queries is None else queries
     radius = (0.9 if degree is not None and degree % 2 else 2.0) if radius is None else radius
 
-    def ball(heads: int, tokens: int) -> Tensor:
-        x = torch.randn(batch, heads, tokens, head_dim, generator=generator, dtype=torch.float64)
+    def ball(heads: int, tokens: int, dim: int = head_dim, scale: float | None = None) -> Tensor:
+        x = torch.randn(batch, heads, tokens, dim, generator=generator, dtype=torch.float64)
         size = 0.3 + 0.7 * torch.rand(batch, heads, tokens, 1, generator=generator, dtype=torch.float64)
-        return x / x.norm(dim=-1, keepdim=True) * size * math.sqrt(radius / options.get("scale", head_dim**-0.5))
+        scale = options.get("scale", head_dim**-0.5) if scale is None else scale
+        return x / x.norm(dim=-1, keepdim=True) * size * math.sqrt(radius / scale)
 
     along = {}
     if mask is not None:
@@ -124,7 +129,10 @@ def make(
         along["log_decay"] = _decay(decay, batch, kv_heads, length, generator)
     value = torch.randn(batch, kv_heads, length, value_dim, generator=generator, dtype=torch.float64)
     key = ball(kv_heads, length)  # before the query: the same keys whatever is asked
-    return Problem(ball(heads, queries), key, value, degree, options, along).to(dtype)
+    query = ball(heads, queries)
+    if far_dim is not None:
+        along |= {"far_query": ball(heads, queries, far_dim, 1.0), "far_key": ball(kv_heads, length, far_dim, 1.0)}
+    return Problem(query, key, value, degree, options, along).to(dtype)
 
 
 def _mask(kind: str, batch: int, length: int, generator: torch.Generator) -> Tensor:

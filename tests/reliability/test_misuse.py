@@ -184,7 +184,13 @@ def attended(tokens: int) -> dict[str, Any]:
 
 
 TENSORS = {"query": "floats", "key": "floats", "value": "floats"}
-ALONG = {"key_padding_mask": "mask or None", "log_decay": "floats or None", "far_gain": "floats or None"}
+ALONG = {
+    "key_padding_mask": "mask or None",
+    "log_decay": "floats or None",
+    "far_gain": "floats or None",
+    "far_query": "floats or None",
+    "far_key": "floats or None",
+}
 READ = {"scale": "number or None", "series": "series or None", "reading": "choice", "backend": "choice"}
 NEAR = {"window": "count", "sinks": "count", "heavy": "count"}
 COST = {"head_dim": "size", "degree": "degree", "value_dim": "size or None", **NEAR}
@@ -271,13 +277,16 @@ def rows() -> Iterator[tuple[str, Row]]:
                 chunk_size="chunk",
                 max_state_bytes="count",
             ),
-            says={"query": "key", "key": "query", "value": "query"},
+            says={"query": "key", "key": "query", "value": "query", "far_key": "far_query"},
         ),
     )
     yield (
         "decode_",
         Row(
-            ta.decode_, lambda: attended(1), of(TENSORS | ALONG | READ, state="state"), {"query": "key", "key": "query"}
+            ta.decode_,
+            lambda: attended(1),
+            of(TENSORS | ALONG | READ, state="state"),
+            {"query": "key", "key": "query", "far_key": "far_query"},
         ),
     )
     yield "watch_normalisers", Row(ta.watch_normalisers, dict, {"keep_masks": "flag"}, call=enter(ta.watch_normalisers))
@@ -387,6 +396,7 @@ def state_rows() -> Iterator[tuple[str, Row]]:
                 head_dim="size",
                 value_dim="size",
                 degree="degree",
+                far_dim="size or None",
                 scale="number or None",
                 max_state_bytes="count",
             ),

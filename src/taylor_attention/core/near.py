@@ -48,7 +48,7 @@ class Near:
     """Keys, values [v, 1] and the total log decay (since the sequence began) when each token had come.
 
     Attributes:
-        key: [B, Hkv, d, W], the ring.
+        key: [B, Hkv, d, W], the ring. Where the far part has keys of its own, each stands behind its key.
         value: [B, Hkv, E, W]; zeros where there is no token yet.
         log_decay: float64 [B, Hkv, W] (float32 on devices without it).
         received: float64 [B, Hkv, W], the attention that each token in the ring has got so far (see `ops.heavy`).
@@ -222,10 +222,12 @@ class Near:
             return None
         return cls(*(tensors[_PREFIX + name] for name in _TENSORS))
 
-    def check_layout(self, sums: Tensor, head_dim: int, wide: torch.dtype) -> None:
-        """Raise `ArgumentError` unless types, shapes and devices go with moments [B, Hkv, E, M]."""
+    def check_layout(self, sums: Tensor, moment_dim: int, wide: torch.dtype) -> None:
+        """Raise `ArgumentError` unless types, shapes and devices go with moments [B, Hkv, E, M] of such keys."""
         batch, heads, columns, _ = sums.shape
-        rows = {"key": (head_dim,), "value": (columns,), "number": ()}
+        good = isinstance(self.key, Tensor) and self.key.ndim == 4 and self.key.shape[2] >= moment_dim
+        expect(good, _PREFIX + "key", f"a tensor [B, Hkv, {moment_dim} or more, W]", self.key)
+        rows = {"key": (self.key.shape[2],), "value": (columns,), "number": ()}
         for name, (_, kind) in _TENSORS.items():
             tensor = getattr(self, name)
             dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device == sums.device

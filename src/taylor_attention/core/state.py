@@ -74,6 +74,15 @@ def check_reach(degree: int | None, window: int, sinks: int, heavy: int = 0, hea
         check_degree(head_dim, degree)
 
 
+def check_far_dim(far_dim: int | None, degree: int | None, near: bool) -> None:
+    """Refuse far keys of no size, or where nothing is far."""
+    if far_dim is None:
+        return
+    expect_int("far_dim", far_dim, 1, _MAX_SIZE)
+    expect(near, "far_dim", "None without a window or sinks, where all keys are far", far_dim)
+    expect(degree is not None, "far_dim", "None without a degree, where nothing is far", far_dim)
+
+
 def check_scale(scale: float | None, head_dim: int) -> float:
     """The factor on q . k: the one given, or 1 / sqrt(head_dim)."""
     if scale is None:
@@ -102,16 +111,23 @@ def check_indices(indices: Tensor, batch_size: int) -> None:
 
 
 def needed_bytes(
-    rows: int, head_dim: int, columns: int, degree: int | None, near: tuple[int, int, int], dtype: torch.dtype
+    rows: int,
+    head_dim: int,
+    columns: int,
+    degree: int | None,
+    near: tuple[int, int, int],
+    dtype: torch.dtype,
+    far_dim: int | None = None,
 ) -> int:
     """Bytes of the moments with their compensation, and of near tokens: window, sinks and heavy ones.
 
     Rows are batch x key/value heads, one for an empty batch; a sink has one float64 beside its key and value, the
-    others two.
+    others two; all have their far key too, if it is another.
     """
     window, sinks, heavy = near
     slots, numbers = sum(near), 2 * window + sinks + 2 * heavy
-    elements = 2 * columns * moment_count(head_dim, degree) + slots * (head_dim + columns)
+    moments = 2 * columns * moment_count(head_dim if far_dim is None else far_dim, degree)
+    elements = moments + slots * (head_dim + (far_dim or 0) + columns)
     return max(1, rows) * (dtype.itemsize * elements + 8 * numbers)
 
 
@@ -165,6 +181,7 @@ class State:
         window: int = 0,
         sinks: int = 0,
         heavy: int = 0,
+        far_dim: int | None = None,
         scale: float | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -174,6 +191,7 @@ class State:
 
         Args:
             degree, window, sinks, heavy: as `attention` takes them.
+            far_dim: entries of a far key, if the far part has its own (`far_key` of `attention`).
             scale: factor on q . k; 1 / sqrt(head_dim) if None.
             dtype: float32 or float64.
 
@@ -184,19 +202,22 @@ class State:
         for name, size in sizes.items():
             expect_int(name, size, 1)
         expect_int("batch_size", batch_size, 0)
-        check_reach(degree, window, sinks, heavy, head_dim)
+        check_far_dim(far_dim, degree, window + sinks > 0)
+        moment_dim = head_dim if far_dim is None else far_dim
+        check_reach(degree, window, sinks, heavy, moment_dim)
         expect(dtype in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", shown(dtype))
         scale = check_scale(scale, head_dim)
         check_device(device)
         columns = value_dim + 1
-        shape = (batch_size, kv_heads, columns, moment_count(head_dim, degree))
-        needed = needed_bytes(batch_size * kv_heads, head_dim, columns, degree, (window, sinks, heavy), dtype)
+        shape = (batch_size, kv_heads, columns, moment_count(moment_dim, degree))
+        near = (window, sinks, heavy)
+        needed = needed_bytes(batch_size * kv_heads, head_dim, columns, degree, near, dtype, far_dim)
         check_state_bytes(needed, max_state_bytes, degree)
         sums = torch.zeros(shape, dtype=dtype, device=device)
         tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        state = cls.from_sums(sums, torch.zeros_like(sums), tokens, None, head_dim, degree, scale)
+        state = cls.from_sums(sums, torch.zeros_like(sums), tokens, None, moment_dim, degree, scale)
         if window or sinks:
-            state.near = Near.zeros(sums, state.log_decay, head_dim, window, sinks, heavy)
+            state.near = Near.zeros(sums, state.log_decay, head_dim + (far_dim or 0), *near)
         return state
 
     @classmethod
@@ -206,21 +227,24 @@ class State:
         compensation: Tensor,
         tokens: Tensor,
         log_decay: Tensor | None,
-        head_dim: int,
+        moment_dim: int,
         degree: int | None,
         scale: float,
         near: Near | None = None,
     ) -> State:
-        """A state of moments [B, Hkv, E, M] with an empty tail; log_decay [B, Hkv] is the decay since the start."""
+        """A state of moments [B, Hkv, E, M] of keys of this size, with an empty tail.
+
+        log_decay [B, Hkv] is the decay since the start.
+        """
         batch, heads, columns, _ = sums.shape
-        width = tail_size(head_dim, columns - 1, degree)
+        width = tail_size(moment_dim, columns - 1, degree)
         none = torch.zeros(batch, heads, dtype=wide_dtype(sums.device), device=sums.device)
         return cls(
             sums,
             compensation,
             tokens,
             none if log_decay is None else log_decay,
-            sums.new_zeros(batch, heads, head_dim, width),
+            sums.new_zeros(batch, heads, moment_dim, width),
             sums.new_zeros(batch, heads, columns, width),
             none.clone(),
             0,
@@ -242,7 +266,20 @@ class State:
     @property
     def head_dim(self) -> int:
         """Size of a key, d_K."""
+        far_dim = self.far_dim
+        return self.moment_dim if far_dim is None or self.near is None else self.near.key.shape[2] - far_dim
+
+    @property
+    def moment_dim(self) -> int:
+        """Size of the keys that the moments are made of: far ones, if the far part has its own."""
         return self.tail_key.shape[2]
+
+    @property
+    def far_dim(self) -> int | None:
+        """Size of a far key; None if the far part has no keys of its own."""
+        if self.near is None or self.near.key.shape[2] == self.moment_dim:
+            return None
+        return self.moment_dim
 
     @property
     def value_dim(self) -> int:
@@ -277,7 +314,7 @@ class State:
     @property
     def layout(self) -> dict[str, object]:
         """What a state must have in common with the layer, or the state, that goes on with it."""
-        names = ("kv_heads", "head_dim", "value_dim", "degree", "window", "sinks", "heavy", "scale", "dtype")
+        names = ("kv_heads", "head_dim", "value_dim", "degree", "window", "sinks", "heavy", "far_dim", "scale", "dtype")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -365,10 +402,14 @@ class State:
             faded = (self.log_decay - leaving.log_decay).exp().to(self.dtype)
             key, value = leaving.key, leaving.value * faded[..., None]
         if self.degree is not None:
-            self.tail_key[..., self.tail_length] = key
+            self.tail_key[..., self.tail_length] = self.far_key(key, 2)
             self.tail_value[..., self.tail_length] = value
             self.tail_length += 1
         self.tokens += 1 if visible is None else visible
+
+    def far_key(self, key: Tensor, dim: int) -> Tensor:
+        """What the moments take of keys as near tokens have them, along dim: all, or the far keys behind them."""
+        return key.narrow(dim, key.shape[dim] - self.moment_dim, self.moment_dim)
 
     def _fading(self, log_decay: Tensor) -> Tensor:
         """What a gate does to the tail, [B, Hkv]: as a quotient, so that the product over a tail is right.
@@ -412,9 +453,9 @@ class State:
             near, left = first.near.followed_by(second.near, first.tokens, second.tokens, first.log_decay)
             since = (log_decay[..., None] - left.log_decay).exp().to(self.dtype)
             if self.degree is not None:
-                increment = (left.value * since[..., None, :]) @ expand(left.key.mT, self.degree)
+                increment = (left.value * since[..., None, :]) @ expand(self.far_key(left.key, 2).mT, self.degree)
                 sums, compensation = add_compensated(sums, compensation, increment)
-        both = State.from_sums(sums, compensation, tokens, log_decay, self.head_dim, self.degree, self.scale, near)
+        both = State.from_sums(sums, compensation, tokens, log_decay, self.moment_dim, self.degree, self.scale, near)
         excess = both.excess()
         expect(not excess, "later", "a state whose moments can be added to this one's", excess)
         return both
@@ -433,7 +474,7 @@ class State:
             found = find_token_excess(key, value, self.degree)
         if self.near is not None and not found:
             key, value, _ = self.near.exact()
-            found = find_token_excess(key.mT, value.mT, self.degree) or find_excess(self.near.received)
+            found = find_token_excess(self.far_key(key, 2).mT, value.mT, self.degree) or find_excess(self.near.received)
         return found
 
     def clone(self) -> State:
@@ -522,26 +563,26 @@ class State:
             expect(getattr(self, name).ndim == 4, name, "four axes", tuple(getattr(self, name).shape))
         expect(self.near is None or isinstance(self.near, Near), "near", "a Near or None", type(self.near))
         if self.degree is not None:
-            check_degree(self.head_dim, self.degree)
+            check_degree(self.moment_dim, self.degree)
         expect_int("tail_length", self.tail_length, 0)
         own = self.tensors().values()
         expect(len({id(x) for x in own}) == len(own), "state", "a tensor of its own in each place", "one in several")
         batch, heads, columns, features = self.sums.shape
-        head_dim, width = self.head_dim, self.tail_key.shape[3]
-        sizes = {"heads": heads, "head_dim": head_dim, "columns": columns, "degree + 1": (self.degree or 0) + 1}
+        moment_dim, width = self.moment_dim, self.tail_key.shape[3]
+        sizes = {"heads": heads, "head_dim": moment_dim, "columns": columns, "degree + 1": (self.degree or 0) + 1}
         for name, size in sizes.items():
             expect(1 <= size <= _MAX_SIZE, name, f"1..{_MAX_SIZE}", size)
         shapes = {
             "compensation": (batch, heads, columns, features),
             "tokens": (batch,),
             "log_decay": (batch, heads),
-            "tail_key": (batch, heads, head_dim, tail_size(head_dim, columns - 1, self.degree)),
+            "tail_key": (batch, heads, moment_dim, tail_size(moment_dim, columns - 1, self.degree)),
             "tail_value": (batch, heads, columns, width),
             "tail_log_decay": (batch, heads),
         }
         for name, shape in shapes.items():
             expect(getattr(self, name).shape == shape, name, f"shape {shape}", tuple(getattr(self, name).shape))
-        expect(features == moment_count(head_dim, self.degree), "sums", f"degree {self.degree}", features)
+        expect(features == moment_count(moment_dim, self.degree), "sums", f"degree {self.degree}", features)
         expect(self.degree is not None or self.near is not None, "degree", "an int without near tokens", self.degree)
         expect(self.dtype in (torch.float32, torch.float64), "sums", "float32 or float64", self.dtype)
         wide = wide_dtype(self.device)
@@ -553,7 +594,9 @@ class State:
         expect(0 <= self.tail_length <= width, "tail_length", f"0..{width}", self.tail_length)
         expect(is_number(self.scale), "scale", "a finite number", shown(self.scale))
         if self.near is not None:
-            self.near.check_layout(self.sums, head_dim, wide)
+            self.near.check_layout(self.sums, moment_dim, wide)
+            good = self.degree is not None or self.far_dim is None
+            expect(good, "near_key", f"shape [B, Hkv, {moment_dim}, W] without a degree", tuple(self.near.key.shape))
 
     def _check_values(self) -> None:
         """Raise `ValueError` for values that attention never leaves in a state."""

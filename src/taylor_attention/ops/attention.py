@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -22,6 +23,7 @@ from .validation import (
     Shapes,
     check_choices,
     check_data,
+    check_far,
     check_gain,
     check_inputs,
     check_reading,
@@ -47,6 +49,8 @@ class Options(TypedDict, total=False):
     cu_seqlens: Tensor | None
     log_decay: Tensor | None
     far_gain: Tensor | None
+    far_query: Tensor | None
+    far_key: Tensor | None
     state: State | None
     backend: str
     chunk_size: int | None
@@ -84,6 +88,8 @@ def attention(
     cu_seqlens: Tensor | None = None,
     log_decay: Tensor | None = None,
     far_gain: Tensor | None = None,
+    far_query: Tensor | None = None,
+    far_key: Tensor | None = None,
     state: State | None = None,
     return_state: bool = False,
     backend: str = "auto",
@@ -123,6 +129,9 @@ def attention(
         far_gain: [Hq], floating point: far weights are multiplied by exp(far_gain), a factor per query head. Only with
             a window or sinks and a degree, as without near tokens it cancels. Meant for |far_gain| <= 40: exp(far_gain)
             times the sums of far weights must be finite in their dtype.
+        far_query, far_key: [B, Hq, T, f] and [B, Hkv, T, f]: far scores are far_query . far_key, without a scale and of
+            any size f, instead of scale * query . key; near ones stay as they are. Only with a window or sinks and a
+            degree. Moments are then of size f: a few learned entries cost little; or far keys have no positions.
         state: the tokens before these (left unchanged); its batch is B, or N with cu_seqlens.
         return_state: also return the state after these tokens.
         backend: "cpu" (compiled kernels), "torch" (PyTorch's own products, any device), or "auto": the fastest here.
@@ -148,7 +157,9 @@ def attention(
     optional = Optional(key_padding_mask, cu_seqlens, log_decay)
     check_reach(degree, window, sinks, heavy)
     shapes = check_inputs(query, key, value, optional, causal, near=window + sinks > 0)
-    check_reach(degree, window, sinks, heavy, shapes.head_dim)
+    far_dim = check_far(far_query, far_key, query, key, degree, window + sinks > 0)
+    shapes = shapes if far_dim is None else replace(shapes, far_dim=far_dim)
+    check_reach(degree, window, sinks, heavy, shapes.moment_dim)
     check_choices(backend, chunk_size)
     expect_bool("return_state", return_state)
     expect_int("max_state_bytes", max_state_bytes, 0)
@@ -163,7 +174,8 @@ def attention(
         check_data(cu_seqlens, log_decay, shapes.keys)
     if return_state or (chunk_size is not None and chunk_size < shapes.keys):  # else there may be no moments at all
         rows, columns = shapes.sequences * shapes.kv_heads, shapes.value_dim + 1
-        needed = needed_bytes(rows, shapes.head_dim, columns, degree, (window, sinks, heavy), shapes.sum_dtype)
+        near_sizes = (window, sinks, heavy)
+        needed = needed_bytes(rows, shapes.head_dim, columns, degree, near_sizes, shapes.sum_dtype, far_dim)
         check_state_bytes(needed, max_state_bytes, degree)
     start = None if state is None else state.folded()
     chunk = 0 if chunk_size is None else min(chunk_size, LARGEST_INT)
@@ -175,7 +187,10 @@ def attention(
     if window or sinks or fitted:
         if state is None and not return_state:
             sinks, heavy = min(sinks, shapes.keys), min(heavy, shapes.keys)
-        sequence = Sequence(q * scale, k, v, key_padding_mask, gates, start, window, sinks, heavy, backend)
+        q = q * scale
+        if far_query is not None and far_key is not None:
+            q, k = (torch.cat((x, y.to(x.dtype)), -1) for x, y in ((q, far_query), (k, far_key)))
+        sequence = Sequence(q, k, v, key_padding_mask, gates, start, window, sinks, heavy, backend, far_dim)
         found = attend_hybrid(
             sequence,
             None if degree is None else coefficients,
@@ -220,10 +235,12 @@ def attention(
         tokens = tokens + state.tokens
         faded = state.log_decay.clone() if faded is None else faded + state.log_decay
     assert end is not None and dropped is not None  # kept
-    after = State.from_sums(end, dropped, tokens, faded, shapes.head_dim, degree, scale, near)
+    after = State.from_sums(end, dropped, tokens, faded, shapes.moment_dim, degree, scale, near)
     excess = after.excess()
     if excess:
-        check_tokens(k, v, key_padding_mask, degree)  # says which token it was, if one alone is too much
+        check_tokens(
+            k if far_key is None else far_key.to(k.dtype), v, key_padding_mask, degree
+        )  # says which token it was, if one alone is too much
         expect(False, "state", "these tokens to leave one to go on from", excess)
     return y, after
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from .validation import (
     Optional,
     check_choices,
     check_data,
+    check_far,
     check_gain,
     check_inputs,
     check_reading,
@@ -43,6 +45,8 @@ def decode_(
     key_padding_mask: Tensor | None = None,
     log_decay: Tensor | None = None,
     far_gain: Tensor | None = None,
+    far_query: Tensor | None = None,
+    far_key: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Append tokens to a state in place and attend from them: `attention(..., state=state)` for generation.
@@ -50,7 +54,7 @@ def decode_(
     Args:
         query: [B, Hq, n, d]. key: [B, Hkv, n, d]. value: [B, Hkv, n, dv]. Usually n == 1.
         state: the tokens before; changed in place. A state of `State.zeros` begins a sequence.
-        scale, series, reading, key_padding_mask, log_decay, far_gain, backend: as for `attention`.
+        scale, series, reading, key_padding_mask, log_decay, far_gain, far_query, far_key, backend: as for `attention`.
 
     Returns:
         y [B, Hq, n, dv] in the query's dtype.
@@ -59,7 +63,10 @@ def decode_(
         ArgumentError: an argument is not as above, gradients are being recorded, or a token that is not hidden is not
             finite or too large for the moments (see `core.ranges`); the state is unchanged.
     """
-    step = _checked(query, key, value, key_padding_mask, log_decay, far_gain, state, scale, series, reading, backend)
+    far = far_query, far_key
+    step = _checked(
+        query, key, value, key_padding_mask, log_decay, far_gain, far, state, scale, series, reading, backend
+    )
     if step.compiled is not None and step.compiled.as_they_are:
         y, unsafe = compiled.decode_(step.compiled, query, key, value, key_padding_mask, log_decay, far_gain, state)
         if unsafe < 0:
@@ -79,11 +86,14 @@ def decode_(
         return y.to(query.dtype)
     if log_decay is not None:
         check_data(None, log_decay, 1)
-    check_tokens(key.to(state.dtype), value.to(state.dtype), key_padding_mask, state.degree)
+    k, v = key.to(state.dtype), value.to(state.dtype)
+    check_tokens(k, v, key_padding_mask, state.degree if far_key is None else None)
+    if far_key is not None:
+        check_tokens(far_key.to(state.dtype), v, key_padding_mask, state.degree)
     with torch.no_grad():
         if step.queries == 1:
             with torch.autocast(query.device.type, enabled=False):  # sums keep their dtype whatever the caller's says
-                optional = key_padding_mask, log_decay, far_gain
+                optional = key_padding_mask, log_decay, far_gain, far_query, far_key
                 return decode_one_(query, key, value, state, step.coefficients, *optional, step.fitted, step.checked)
         y, after = attention(
             query,
@@ -99,6 +109,8 @@ def decode_(
             key_padding_mask=key_padding_mask,
             log_decay=log_decay,
             far_gain=far_gain,
+            far_query=far_query,
+            far_key=far_key,
             state=state,
             return_state=True,
             backend=backend,
@@ -131,6 +143,7 @@ def _checked(
     visible: Tensor | None,
     log_decay: Tensor | None,
     far_gain: Tensor | None,
+    far: tuple[Tensor | None, Tensor | None],
     state: State,
     scale: float | None,
     series: Series | None,
@@ -138,7 +151,7 @@ def _checked(
     backend: str,
 ) -> _Step:
     """Check everything but the data. What was good once is good again: decoding repeats the same call very often."""
-    arguments = (query, key, value, visible, log_decay, far_gain, state, scale, series, reading, backend)
+    arguments = (query, key, value, visible, log_decay, far_gain, far, state, scale, series, reading, backend)
     if torch.compiler.is_compiling():
         return _check(*arguments)
     try:
@@ -151,8 +164,9 @@ def _checked(
             None if visible is None else (visible.shape, visible.stride(), visible.dtype, visible.device),
             None if log_decay is None else _signature(log_decay),
             None if far_gain is None else _signature(far_gain),
+            *(None if x is None else _signature(x) for x in far),
             (type(state), sums.shape, sums.dtype, sums.device, tail.shape, state.degree, state.scale),
-            (state.window, state.sinks, state.heavy, state.is_contiguous),
+            (state.window, state.sinks, state.heavy, state.far_dim, state.is_contiguous),
             (scale, type(scale), series, reading, backend, torch.is_grad_enabled(), torch.get_num_threads()),
         )
         found = _known.get(signature)
@@ -177,6 +191,7 @@ def _check(
     visible: Tensor | None,
     log_decay: Tensor | None,
     far_gain: Tensor | None,
+    far: tuple[Tensor | None, Tensor | None],
     state: State,
     scale: float | None,
     series: Series | None,
@@ -185,11 +200,11 @@ def _check(
 ) -> _Step:
     expect_state(state)
     shapes = check_inputs(query, key, value, Optional(visible, None, log_decay), True)
+    shapes = replace(shapes, far_dim=check_far(*far, query, key, state.degree, state.near is not None))
     scale, degree = check_scale(scale, shapes.head_dim), state.degree
     check_gain(far_gain, shapes, degree, state.near is not None)
-    check_state(
-        state, shapes, degree, scale, state.window, state.sinks, state.heavy, (query, key, value, log_decay, far_gain)
-    )
+    in_place = (query, key, value, log_decay, far_gain, *far)
+    check_state(state, shapes, degree, scale, state.window, state.sinks, state.heavy, in_place)
     check_choices(backend, None)
     kernels = uses_kernels(backend, query.device)
     expect(shapes.device.type != "meta", "state", "tensors with data, to change them in place", "ones on meta")
@@ -198,7 +213,7 @@ def _check(
     coefficients, positive = resolve(check_series(series), degree)
     fitted, plan = reading == "fitted", None
     checked = not positive and (degree % 2 == 1 if fitted and degree is not None else True)
-    if shapes.queries == 1 and kernels:
+    if shapes.queries == 1 and kernels and shapes.far_dim is None:
         safe_share = SAFE_SHARE * abs(coefficients[0]) if checked else None
         inputs = (query, key, value)
         plan = compiled.plan_step(inputs, visible, log_decay, far_gain, state, coefficients, fitted, safe_share)

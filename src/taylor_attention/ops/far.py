@@ -96,12 +96,14 @@ def find_far(sequence: Sequence, contest: Contest | None) -> Far | None:
         return None
     start, shown, gates = sequence.start, sequence.ext_visible, sequence.fading
     sums, compensation = (None, None) if start is None else (start.sums, start.compensation)
-    query, key, value = sequence.query[:, :, first:], sequence.ext_key[:, :, :count], sequence.ext_value[:, :, :count]
+    query, key = sequence.far_part(sequence.query)[:, :, first:], sequence.far_part(sequence.ext_key)[:, :, :count]
+    value = sequence.ext_value[:, :, :count]
     shown = None if shown is None else shown[:, :count]
     if gates is None and contest is None:
         return Far(first, False, query, key, value, shown, None, sums, compensation)
     if contest is not None:
         key, columns, totals = contest.leaver
+        key = sequence.far_part(key)
     else:
         columns, totals = torch.cat([value, value.new_ones(*value.shape[:3], 1)], -1), sequence.ext_totals[..., :count]
         if shown is not None:

@@ -27,12 +27,14 @@ def attention_received(sequence: Sequence) -> Tensor:
     That is the gradient of sum_t log Z_t by a factor on the key, with Z_t the softmax normaliser of query t's window.
     """
     key, visible, gates = sequence.ext_key, sequence.ext_visible, sequence.ext_gates  # kept by it, gradients and all
+    key = sequence.near_part(key)
     totals, none = sequence.totals, (None, None, None, None, None)  # no sinks
     with torch.no_grad():
-        silent = ~sequence.query.isfinite().all(-1, keepdim=True)  # [B, Hq, T, 1], queries that do not count
+        query = sequence.near_part(sequence.query)
+        silent = ~query.isfinite().all(-1, keepdim=True)  # [B, Hq, T, 1], queries that do not count
         if sequence.visible is not None:
             silent = silent | ~sequence.visible[:, None, :, None]
-        query, value = sequence.query.masked_fill(silent, 0), key.new_zeros(*key.shape[:3], 1)
+        query, value = query.masked_fill(silent, 0), key.new_zeros(*key.shape[:3], 1)
         arguments = (query, key, value, None, visible, gates, *none, sequence.window, sequence.backend)
         out, top = attend_near(*arguments)
         grad = torch.zeros_like(out)

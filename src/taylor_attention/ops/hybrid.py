@@ -91,6 +91,7 @@ def _attend_packed(sequence: Sequence, cu_seqlens: Tensor, solve: Callable[[Sequ
                 sequence.sinks,
                 sequence.heavy,
                 sequence.backend,
+                sequence.far_dim,
             )
         )
         batch.scatter_(out, part.out)
@@ -223,8 +224,8 @@ def _attend_some(
     ext = slice(low, sequence.past + end)
     visible, gates = sequence.ext_visible, sequence.ext_gates
     return attend_near(
-        sequence.query[:, :, begin:end],
-        sequence.ext_key[:, :, ext],
+        sequence.near_part(sequence.query)[:, :, begin:end],
+        sequence.near_part(sequence.ext_key)[:, :, ext],
         sequence.ext_value[:, :, ext],
         None if far is None else far[:, :, begin:end],
         None if visible is None else visible[:, ext],
@@ -256,7 +257,7 @@ def _kept(
         if sequence.ring_gates is not None:
             faded = faded - sequence.ring_gates.to(faded.dtype).sum(-1, keepdim=True)
         faded = faded + sequence.ext_gates[..., :low].to(faded.dtype).sum(-1, keepdim=True)
-    return key, columns[..., :-1], since - begin, None if contest is None else until - begin, faded
+    return sequence.near_part(key), columns[..., :-1], since - begin, None if contest is None else until - begin, faded
 
 
 def _moments_before(sequence: Sequence, coefficients: tuple[float, ...] | None) -> tuple[Tensor, Tensor]:
@@ -264,7 +265,8 @@ def _moments_before(sequence: Sequence, coefficients: tuple[float, ...] | None) 
     if sequence.start is not None:
         return sequence.start.sums.clone(), sequence.start.compensation.clone()
     batch, heads, _, head_dim = sequence.key.shape
-    features = moment_count(head_dim, None if coefficients is None else len(coefficients) - 1)
+    moment_dim = head_dim if sequence.far_dim is None else sequence.far_dim
+    features = moment_count(moment_dim, None if coefficients is None else len(coefficients) - 1)
     sums = sequence.key.new_zeros(batch, heads, sequence.value.shape[3] + 1, features)
     return sums, torch.zeros_like(sums)
 

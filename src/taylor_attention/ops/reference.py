@@ -3,7 +3,8 @@
 For query i and key j with scaled score s_ij = scale * q_i . k_j:
 
     e_ij = exp(s_ij)   if j is one of the last `window` visible keys up to i, or of the first `sinks` of all
-           f(s_ij)     else: a truncated series, or nothing at all; times e^g with a gain g of query i's head
+           f(s_ij)     else: a truncated series, or nothing at all; times e^g with a gain g of query i's head;
+                       where the far part has queries and keys of its own, s_ij is their product here
     w_ij = e_ij * exp(sum of log decay over j < t <= i)       for visible keys, j <= i if causal
     y_i  = sum_j w_ij v_j / sum_j w_ij                        zeros where no key has weight
 
@@ -48,6 +49,8 @@ def attention_reference(
     key_padding_mask: Tensor | None = None,
     log_decay: Tensor | None = None,
     far_gain: Tensor | None = None,
+    far_query: Tensor | None = None,
+    far_key: Tensor | None = None,
 ) -> Tensor:
     """Attention by its definition: [B, Hq, Tq, d], [B, Hkv, Tk, d], [B, Hkv, Tk, dv] -> [B, Hq, Tq, dv].
 
@@ -67,7 +70,8 @@ def attention_reference(
     else:
         coefficients = (series or EXP).coefficients(degree)
     fitted = reading == "fitted" and degree is not None
-    return _attend(query, key, value, coefficients, fitted, scale, visible, shown, exact, log_decay, far_gain)
+    far = None if far_query is None or far_key is None else _scores(far_query, far_key, 1.0)
+    return _attend(query, key, value, coefficients, fitted, scale, visible, shown, exact, log_decay, far_gain, far)
 
 
 def softmax_reference(
@@ -109,12 +113,13 @@ def _attend(
     exact: Tensor,
     log_decay: Tensor | None,
     far_gain: Tensor | None = None,
+    far_scores: Tensor | None = None,
 ) -> Tensor:
-    q, k, v = query.double(), key.double(), value.double()
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # clarity, not speed
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = scale * (q @ k.transpose(-1, -2))  # [B, Hq, Tq, Tk]
+    group = query.shape[1] // key.shape[1]
+    v = value.double().repeat_interleave(group, 1)  # clarity, not speed
+    scores = _scores(query, key, query.shape[-1] ** -0.5 if scale is None else scale)
+    if far_scores is not None:
+        scores = torch.where(exact, scores, far_scores)
     faded = torch.zeros_like(scores)
     if log_decay is not None:
         fading = _fading(log_decay.double(), visible)
@@ -131,6 +136,11 @@ def _attend(
     empty = top == -torch.inf
     weights = torch.where(exact, 1, far) * (size - top.masked_fill(empty, 0)).exp()
     return (weights @ v) / torch.where(empty, 1, weights.sum(-1, keepdim=True))
+
+
+def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Of every query and key, [B, Hq, Tq, Tk]."""
+    return scale * (query.double() @ key.double().repeat_interleave(query.shape[1] // key.shape[1], 1).mT)
 
 
 def _fit(scores: Tensor, left: Tensor, degree: int) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,8 @@ class Sequence:
     """New tokens and the state before them.
 
     query [B, Hq, T, d], scaled; key, value [B, Hkv, T, ...]; visible bool [B, T] or None; gates (log decay)
-    [B, Hkv, T] or None; start: with an empty tail, or None.
+    [B, Hkv, T] or None; start: with an empty tail, or None. far_dim: queries and keys end in so many entries that are
+    for the far part alone, and the others are for near tokens; None: all are for both.
     """
 
     query: Tensor
@@ -56,6 +57,15 @@ class Sequence:
     sinks: int
     heavy: int
     backend: str
+    far_dim: int | None = None
+
+    def near_part(self, x: Tensor) -> Tensor:
+        """Of queries or keys [..., d]: what near tokens are read with."""
+        return x if self.far_dim is None else x[..., : -self.far_dim]
+
+    def far_part(self, x: Tensor) -> Tensor:
+        """Of queries or keys [..., d]: what far tokens are read with."""
+        return x if self.far_dim is None else x[..., -self.far_dim :]
 
     @property
     def tokens(self) -> int:

@@ -31,6 +31,12 @@ class Shapes:
     value_dim: int
     sum_dtype: torch.dtype
     device: torch.device
+    far_dim: int | None = None
+
+    @property
+    def moment_dim(self) -> int:
+        """Size of the keys that moments are made of."""
+        return self.head_dim if self.far_dim is None else self.far_dim
 
 
 class Optional(NamedTuple):
@@ -108,6 +114,29 @@ def check_gain(far_gain: Tensor | None, shapes: Shapes, degree: int | None, near
     _expect_shape("far_gain", far_gain, (shapes.query_heads,))
 
 
+def check_far(
+    far_query: Tensor | None, far_key: Tensor | None, query: Tensor, key: Tensor, degree: int | None, near: bool
+) -> int | None:
+    """Check the far part's own queries and keys, if it has them; their size."""
+    if far_query is None and far_key is None:
+        return None
+    pairs = {"far_query": (far_query, query), "far_key": (far_key, key)}
+    for name, (x, beside) in pairs.items():
+        expect_tensor(name, x, 4, "[B, H, T, f], as both of far_query and far_key or neither")
+        assert x is not None
+        expect_float(name, x)
+        expect(x.dtype == query.dtype, name, f"the query's dtype {query.dtype}", x.dtype)
+        expect(x.device == query.device, name, f"the query's device {query.device}", x.device)
+        if x.shape[:3] != beside.shape[:3]:
+            expect(False, name, f"shape {tuple(beside.shape[:3])} and its own size", tuple(x.shape))
+    assert far_query is not None and far_key is not None
+    expect(far_key.shape[3] >= 1, "far_key", "a size >= 1", far_key.shape[3])
+    _expect_same("far_query", far_query.shape[3], far_key.shape[3], "size {} as far_key")
+    expect(near, "far_key", "None without a window or sinks, where all keys are far", tuple(far_key.shape))
+    expect(degree is not None, "far_key", "None without a degree, where nothing is far", tuple(far_key.shape))
+    return far_key.shape[3]
+
+
 def expect_tensor(name: str, x: Any, ndim: int, layout: str) -> None:
     """Refuse what is no dense tensor of so many axes; `layout` names them."""
     if not isinstance(x, Tensor):
@@ -161,6 +190,7 @@ def check_state(
         "window": window,
         "sinks": sinks,
         "heavy": heavy,
+        "far_dim": shapes.far_dim,
         "scale": scale,
         "dtype": shapes.sum_dtype,
         "device": shapes.device,
