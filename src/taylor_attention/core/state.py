@@ -402,12 +402,12 @@ class State:
             faded = (self.log_decay - leaving.log_decay).exp().to(self.dtype)
             key, value = leaving.key, leaving.value * faded[..., None]
         if self.degree is not None:
-            self.tail_key[..., self.tail_length] = self.far_key(key, 2)
+            self.tail_key[..., self.tail_length] = self._far_part(key, 2)
             self.tail_value[..., self.tail_length] = value
             self.tail_length += 1
         self.tokens += 1 if visible is None else visible
 
-    def far_key(self, key: Tensor, dim: int) -> Tensor:
+    def _far_part(self, key: Tensor, dim: int) -> Tensor:
         """What the moments take of keys as near tokens have them, along dim: all, or the far keys behind them."""
         return key.narrow(dim, key.shape[dim] - self.moment_dim, self.moment_dim)
 
@@ -453,7 +453,7 @@ class State:
             near, left = first.near.followed_by(second.near, first.tokens, second.tokens, first.log_decay)
             since = (log_decay[..., None] - left.log_decay).exp().to(self.dtype)
             if self.degree is not None:
-                increment = (left.value * since[..., None, :]) @ expand(self.far_key(left.key, 2).mT, self.degree)
+                increment = (left.value * since[..., None, :]) @ expand(self._far_part(left.key, 2).mT, self.degree)
                 sums, compensation = add_compensated(sums, compensation, increment)
         both = State.from_sums(sums, compensation, tokens, log_decay, self.moment_dim, self.degree, self.scale, near)
         excess = both.excess()
@@ -474,7 +474,7 @@ class State:
             found = find_token_excess(key, value, self.degree)
         if self.near is not None and not found:
             key, value, _ = self.near.exact()
-            found = find_token_excess(self.far_key(key, 2).mT, value.mT, self.degree) or find_excess(self.near.received)
+            found = find_token_excess(self._far_part(key, 2).mT, value.mT, self.degree) or find_excess(self.near.received)
         return found
 
     def clone(self) -> State:
