@@ -474,7 +474,8 @@ class State:
             found = find_token_excess(key, value, self.degree)
         if self.near is not None and not found:
             key, value, _ = self.near.exact()
-            found = find_token_excess(self._far_part(key, 2).mT, value.mT, self.degree) or find_excess(self.near.received)
+            found = find_token_excess(self._far_part(key, 2).mT, value.mT, self.degree)
+            found = found or find_excess(self.near.received)
         return found
 
     def clone(self) -> State:
