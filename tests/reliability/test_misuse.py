@@ -153,6 +153,7 @@ class Row:
     kinds: dict[str, str]
     says: dict[str, str] = field(default_factory=dict)
     call: Callable[..., Any] | None = None
+    beside: dict[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)  # good ones that an argument needs
 
     def run(self, given: dict[str, Any]) -> Any:
         return (self.call or self.target)(**given)
@@ -181,6 +182,16 @@ def attended(tokens: int) -> dict[str, Any]:
         "far_gain": torch.zeros(2),
         "state": state_of(window=2, sinks=1),
     }
+
+
+def far(tokens: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """A far part of its own, which only tests of its arguments have: compiled steps do without."""
+
+    def given() -> dict[str, Any]:
+        state = state_of(window=2, sinks=1, far_query=x4(), far_key=x4())
+        return {"far_query": x4(tokens), "far_key": x4(tokens), "state": state}
+
+    return {"far_query": given, "far_key": given}
 
 
 TENSORS = {"query": "floats", "key": "floats", "value": "floats"}
@@ -278,6 +289,7 @@ def rows() -> Iterator[tuple[str, Row]]:
                 max_state_bytes="count",
             ),
             says={"query": "key", "key": "query", "value": "query", "far_key": "far_query"},
+            beside=far(3),
         ),
     )
     yield (
@@ -287,6 +299,7 @@ def rows() -> Iterator[tuple[str, Row]]:
             lambda: attended(1),
             of(TENSORS | ALONG | READ, state="state"),
             {"query": "key", "key": "query", "far_key": "far_query"},
+            beside=far(1),
         ),
     )
     yield "watch_normalisers", Row(ta.watch_normalisers, dict, {"keep_masks": "flag"}, call=enter(ta.watch_normalisers))
@@ -778,7 +791,7 @@ CASES = [(name, argument) for name, row in ROWS.items() for argument in row.kind
 
 def outcome(row: Row, argument: str, bad: Callable[[Any], Any]) -> str:
     """What is wrong with how a bad argument is refused, if anything is."""
-    given = row.good()
+    given = row.good() | row.beside.get(argument, dict)()
     wrong = bad(given.get(argument))
     before = copied(given)
     try:

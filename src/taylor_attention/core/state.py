@@ -202,6 +202,7 @@ class State:
         for name, size in sizes.items():
             expect_int(name, size, 1)
         expect_int("batch_size", batch_size, 0)
+        check_reach(degree, window, sinks, heavy)
         check_far_dim(far_dim, degree, window + sinks > 0)
         moment_dim = head_dim if far_dim is None else far_dim
         check_reach(degree, window, sinks, heavy, moment_dim)
