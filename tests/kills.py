@@ -33,7 +33,7 @@ from taylor_attention.lm.training import TrainingConfig, train
 from taylor_attention.nn import ModelConfig
 
 SAVING = ("core/storage.py", "core/locks.py")
-TRAINING = (*SAVING, "lm/training.py", "lm/log.py", "lm/resume.py", "lm/checkpoint.py")
+TRAINING = (*SAVING, "lm/training.py", "lm/log.py", "lm/resume.py", "nn/checkpoint.py")
 
 
 NEEDED = {"train_on": "torch._dynamo"}

@@ -24,6 +24,7 @@ DEPENDENCIES = {
     "numba": {"ops"},
     "triton": {"ops"},
     "transformers": {"hf"},
+    "tokenizers": {"hf"},
     "matplotlib": {"bench"},
     "rich": {"lm", "bench", "cli"},
     "click": {"cli"},

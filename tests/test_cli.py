@@ -22,7 +22,7 @@ from taylor_attention.lm.checkpoint import load_checkpoint, save_checkpoint
 from taylor_attention.lm.session import Session
 from taylor_attention.nn import LanguageModel, ModelConfig
 
-COMMANDS = ["plan", "bench", "needles", "soak", "train", "generate", "eval", "demo", "reproduce", "report"]
+COMMANDS = ["plan", "bench", "needles", "soak", "train", "generate", "eval", "convert", "demo", "reproduce", "report"]
 PLAN = ["plan", "--heads", "32", "--kv-heads", "8", "--head-dim", "64", "--degree", "2", "--layers", "24"]
 PLAN += ["--context", "1000000"]
 SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--steps", "6", "--batch", "2", "--length", "16"]

@@ -31,6 +31,7 @@ from taylor_attention.core import series
 from taylor_attention.errors import ArgumentError, StorageError
 from taylor_attention.lm import checkpoint, data, evaluation, generation, session, settings, threads, training
 from taylor_attention.nn import KeyValueCache, LanguageModel, ModelConfig, SoftmaxAttention, TaylorAttention
+from taylor_attention.nn import checkpoint as model_files
 
 HUGE = 10**30
 FOLDER = str(Path(__file__).parent)
@@ -697,7 +698,6 @@ ELSEWHERE = {
     "read_position": "inside of train",
     "check_weights": "inside of load_checkpoint",
     "expect_bytes": "a check",
-    "expect_model": "a check",
     "State.append_": "inside of decode_",
     "State.assign_": "inside of decode_",
     "State.from_sums": "inside of attention",
@@ -724,11 +724,12 @@ def functions_of(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
 
 
 def public() -> dict[str, Any]:
-    """Every public callable: of the package and of `nn` what they export, of modules of `lm` what they define."""
+    """Every public callable: of the package and `nn` what they export, of `lm` and model files what they define."""
     found = {name: getattr(ta, name) for name in ta.__all__ if name != "series"}
     found |= {name: getattr(nn, name) for name in nn.__all__}
     modules = [
         series,
+        model_files,
         *(importlib.import_module(f"{lm.__name__}.{each.name}") for each in pkgutil.iter_modules(lm.__path__)),
     ]
     for module in modules:

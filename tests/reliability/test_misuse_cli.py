@@ -37,6 +37,7 @@ CALLS = {
     "train": "{folder}/text.txt --layers 1 --width 8 --heads 2 --steps 1 --batch 1 --length 8 --window 2 --out {out}",
     "generate": "hi --model {folder}/taylor -n 1",
     "eval": "{folder}/text.txt --model {folder}/taylor --windows 1 --length 8",
+    "convert": "{folder}/taylor {out}",
     "demo": "--text {folder}/text.txt --taylor {folder}/taylor --softmax {folder}/softmax --tokens 256 --steps 1 "
     "--continuation 1 --out {out}",
 }

@@ -15,6 +15,7 @@ import click
 from .. import __version__
 from ..errors import TaylorAttentionError
 from .bench import bench
+from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
@@ -89,5 +90,5 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (plan, bench, needles, soak, reproduce, report, train, generate, evaluate, demo):
+for command in (plan, bench, needles, soak, reproduce, report, train, generate, evaluate, convert, demo):
     app.add_command(command)

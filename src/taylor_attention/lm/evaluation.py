@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ArgumentError, expect, expect_int, shown
-from ..nn.transformer import LanguageModel
+from ..nn.transformer import LanguageModel, expect_model
 from ..ops.validation import expect_tensor
 from .data import expect_bytes, to_tensor
-from .generation import expect_model
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import expect, expect_int, is_number, shown
 from ..nn import LanguageModel
+from ..nn.transformer import expect_model
 from ..ops.validation import expect_tensor
 
 BLOCK = 512
@@ -153,11 +154,6 @@ def stream(
         expect_int("tokens", tokens, 0)
     check_sampling(**sampling)
     return _stream(model, states, logits, tokens, generator, sampling)
-
-
-def expect_model(model: LanguageModel) -> None:
-    """Refuse what is no language model."""
-    expect(isinstance(model, LanguageModel), "model", "a LanguageModel", type(model))
 
 
 def _stream(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..core.storage import read_tensors, write_tensors
 from ..errors import StorageError
+from ..nn.checkpoint import check_weights
 from ..nn.transformer import LanguageModel
-from .checkpoint import check_weights
 
 KIND = "training"
 """Kind of the file, as `core.storage` keeps it."""

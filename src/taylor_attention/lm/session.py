@@ -7,7 +7,6 @@ the draws come from. So N bytes in one go are the same, bit for bit, as stopping
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -22,8 +21,10 @@ from ..core.storage import read_tensors, write_tensors
 from ..core.values import check_finite
 from ..errors import LARGEST_INT, StorageError, expect, expect_int, first_line
 from ..nn import LanguageModel
-from .checkpoint import fingerprint
-from .generation import BLOCK, advance, expect_model, prefill
+from ..nn.checkpoint import fingerprint
+from ..nn.states import pack_states, unpack_states
+from ..nn.transformer import expect_model
+from .generation import BLOCK, advance, prefill
 
 KIND = "session"
 
@@ -108,9 +109,8 @@ class Session:
             tensors["logits"] = self.logits
         mark = fingerprint(self.model)
         metadata = {"model": mark, "seed": str(self.seed), "unshown": self.unshown.hex()}
-        for layer, state in enumerate(self.states):
-            tensors |= {f"{layer}.{name}": tensor for name, tensor in state.tensors().items()}
-            metadata[f"{layer}"] = json.dumps(state.metadata())
+        states, described = pack_states(self.states)
+        tensors, metadata = {**tensors, **states}, {**metadata, **described}
         self._restore(path, self.model, mark, tensors, metadata)  # refuses what could not be read again
         write_tensors(path, tensors, kind=KIND, metadata=metadata)
 
@@ -133,8 +133,7 @@ class Session:
             session = cls(model, seed=int(metadata["seed"]))
             session.generator.set_state(tensors["generator"])
             session.unshown = bytes.fromhex(metadata["unshown"])
-            layers = [_layer(layer, tensors, metadata) for layer in range(len(session.states))]
-            session.states, session.logits = model.states_from_tensors(layers), tensors.get("logits")
+            session.states, session.logits = unpack_states(model, tensors, metadata), tensors.get("logits")
             session._check()
         except KeyError as error:
             raise StorageError(f"{path}: no whole session: it lacks {error}") from error
@@ -144,22 +143,13 @@ class Session:
 
     def _check(self) -> None:
         """Raise `ValueError` unless the states and the logits are of one and the same text."""
-        at = [state.tokens.tolist() for state in self.states]
-        expect(len(at[0]) == 1 and at == at[:1] * len(at), "states", "one text, at one place in all layers", at)
-        expect((self.logits is None) == (at[0] == [0]), "logits", "those after the last byte read, if any was", at[0])
+        at = self.states[0].tokens.tolist()
+        expect(len(at) == 1, "states", "those of one text", at)
+        expect((self.logits is None) == (at == [0]), "logits", "those after the last byte read, if any was", at)
         if self.logits is not None:
             wanted, got = (self.model.embedding.weight.dtype, (1, 256)), (self.logits.dtype, tuple(self.logits.shape))
             expect(got == wanted, "logits", f"{wanted}", got)
             check_finite("logits", self.logits)
-
-
-def _layer(
-    layer: int, tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What one layer's state wrote into a session's file."""
-    prefix = f"{layer}."
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    return own, json.loads(metadata[f"{layer}"])
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ import torch
 from ..core.locks import locked
 from ..core.storage import read_tensors, write_text
 from ..errors import StorageError, TaylorAttentionError, expect, expect_bool, shown
+from ..nn.checkpoint import KIND as MODEL_KIND
+from ..nn.checkpoint import save_checkpoint
 from ..nn.transformer import LanguageModel
-from .checkpoint import KIND as MODEL_KIND
-from .checkpoint import save_checkpoint
 from .data import load_split, sample_batch, to_tensor
 from .evaluation import Evaluation, evaluate, next_byte_loss
 from .log import LOG, Log

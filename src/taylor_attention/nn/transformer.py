@@ -112,6 +112,11 @@ def _expect_config(config: ModelConfig) -> None:
     expect(isinstance(config, ModelConfig), "config", "a ModelConfig", type(config))
 
 
+def expect_model(model: LanguageModel) -> None:
+    """Refuse what is no language model."""
+    expect(isinstance(model, LanguageModel), "model", "a LanguageModel", type(model))
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); the MLP squares a ReLU (So et al. 2021), cheap and no worse."""
 
