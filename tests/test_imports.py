@@ -49,6 +49,8 @@ PLANTED = {
         "__init__ imports lm, which does not stand below",
     ),
     "lm to hf": ("lm/a.py", "from ..hf import cache", "lm imports hf, which does not stand below it"),
+    "bench to transformers": ("bench/a.py", "import transformers", "bench may not import transformers"),
+    "nn to hf": ("nn/a.py", "from ..hf import cache", "nn imports hf, which does not stand below it"),
     "hf to lm": ("hf/a.py", "from ..lm import data", "hf imports lm, which does not stand below it"),
     "optional at module level": ("core/a.py", "import safetensors.torch", "safetensors is optional: import it in"),
     "optional, guarded": ("core/a.py", "try:\n    import numpy\nexcept ImportError:\n    pass", "numpy is optional"),
@@ -72,6 +74,7 @@ ALLOWED = {
     "sideways": ("core/a.py", "from .basis import rows\nfrom . import cost"),
     "optional in a function": ("core/a.py", "def f():\n    from safetensors.torch import save_file"),
     "optional for types": ("core/a.py", "if TYPE_CHECKING:\n    import numpy"),
+    "what hf is for": ("hf/a.py", "from transformers import Cache\nfrom ..nn.cache import KeyValueCache"),
     "a kernel's compiler": ("ops/triton_kernels.py", "import triton"),
     "the public names from above": ("lm/a.py", "import taylor_attention as ta\nfrom .. import attention"),
 }
@@ -108,6 +111,14 @@ def test_importing_the_package_loads_nothing_optional():
     loaded = {name.split(".")[0] for name in run.stdout.split()}
     assert "taylor_attention" in loaded
     assert loaded & (set(DEPENDENCIES) - {"torch"}) == set()
+
+
+def test_the_layer_of_transformers_says_what_it_needs():
+    code = "import sys; sys.modules['transformers'] = None; import taylor_attention.hf"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.endswith(": taylor_attention.hf needs transformers: pip install 'taylor-attention[hf]'")
+    assert "MissingDependencyError" in last
 
 
 def test_every_extra_that_an_error_names_exists():

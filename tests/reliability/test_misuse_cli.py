@@ -40,6 +40,8 @@ CALLS = {
     "convert": "{folder}/taylor {out}",
     "demo": "--text {folder}/text.txt --taylor {folder}/taylor --softmax {folder}/softmax --tokens 256 --steps 1 "
     "--continuation 1 --out {out}",
+    "profile": "{folder} --text {folder}/text.txt --tokens 64",  # no model: what is bad is refused before one is loaded
+    "distill": "{folder} --text {folder}/text.txt --out {folder}/far",  # as here
 }
 SHOWN_AS = {"text": "data"}  # an option or argument that the library names otherwise
 

@@ -17,10 +17,12 @@ from ..errors import TaylorAttentionError
 from .bench import bench
 from .convert import convert
 from .demo import demo
+from .distill import distill
 from .evaluate import evaluate
 from .generate import generate
 from .needles import needles
 from .plan import plan
+from .profile import profile
 from .report import report
 from .reproduce import reproduce
 from .soak import soak
@@ -90,5 +92,6 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (plan, bench, needles, soak, reproduce, report, train, generate, evaluate, convert, demo):
+COMMANDS = (plan, bench, needles, soak, reproduce, report, train, generate, evaluate, convert, demo, profile, distill)
+for command in COMMANDS:
     app.add_command(command)

@@ -125,6 +125,19 @@ def make_folder(name: str) -> Path:
     return folder
 
 
+def check_target(path: Path, option: str) -> None:
+    """Refuse, before the work is done, what cannot become a file of an option."""
+    expect(path.name != "", option, "the name of a file", path)
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        expect(path.parent.is_dir(), option, "a file in a folder that is there", path)
+    except OSError as error:
+        raise click.UsageError(
+            f"{option}: expected a file that can be written, got {path} ({error.strerror})"
+        ) from error
+
+
 def load(model: str, option: str = "--model") -> LanguageModel:
     """The model of a checkpoint by path, or of a shipped one by name; in float32, ready to run.
 

@@ -1,0 +1,107 @@
+"""`taylor-attention distill`: learn a cheap far part for a pretrained model, layer by layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..core.state import check_device
+from ..errors import expect
+from .console import (
+    COUNT,
+    COUNT_OR_NONE,
+    DEGREE,
+    SEED,
+    emit_json,
+    err,
+    json_option,
+    make_folder,
+    out,
+    progress_bar,
+    size,
+)
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command(short_help="Learn a cheap far part for a pretrained model.")
+@click.argument("model")
+@click.option("--text", "texts", type=FILE, multiple=True, required=True, help="In UTF-8; may be given again.")
+@click.option(
+    "--out",
+    "folder",
+    type=click.Path(file_okay=False),
+    required=True,
+    help="Folder for what is learned, piece by piece.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the work that --out holds.")
+@click.option("--settings", type=FILE, help="What heads keep, as `profile --apply` writes it; else these two:")
+@click.option("--window", type=COUNT_OR_NONE, default=512, show_default=True, help="Latest tokens that stay exact.")
+@click.option("--sinks", type=COUNT_OR_NONE, default=4, show_default=True, help="First tokens that stay exact.")
+@click.option("--degree", type=DEGREE, default=2, show_default=True, help="Of the far part.")
+@click.option("--far-dim", type=click.IntRange(1, 64), default=8, show_default=True, help="Entries of a far key.")
+@click.option("--length", type=COUNT, default=4096, show_default=True, help="Tokens that are read together.")
+@click.option("--tokens", type=COUNT, default=200_000, show_default=True, help="To learn from, at most.")
+@click.option("--steps", type=COUNT, default=8, show_default=True, help="Of each layer for each piece of text.")
+@click.option("--queries", type=COUNT, default=24, show_default=True, help="Of each head that a step looks at.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the choice of queries.")
+@click.option("--gguf-file", help="A file in MODEL to load it from.")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option("--no-effect", is_flag=True, help="Leave out what it does to the model in the end.")
+@json_option
+def distill(model: str, texts: Sequence[Path], folder: str, as_json: bool, **asked: Any) -> None:
+    """Learn, for each layer of MODEL, a few entries that stand for what its far tokens say.
+
+    MODEL is a folder, or a name on the hub where that can be reached: a language model. Its weights stay as they are.
+    The last piece of the texts is held out: on it the end effect is measured, beside softmax, and beside the same
+    number of bytes spent on longer windows. What is learned is used with `hf.Distilled.load(FOLDER).use(model)`.
+    """
+    gguf, device = asked["gguf_file"], asked["device"]
+    if gguf is not None:
+        expect(os.path.isfile(os.path.join(model, gguf)) or not os.path.isdir(model), "--gguf-file", "a file", gguf)
+    check_device(device)
+    from ..hf import profiling  # needs transformers, which takes seconds to import
+    from ..hf.distillation import distill as learn
+    from ..hf.distilled import measure_learned, with_far_maps
+    from ..hf.settings import HeadSettings, ModelSettings
+
+    if asked["settings"] is None:
+        kept = ModelSettings(HeadSettings(asked["window"], asked["sinks"], 0, asked["degree"]))
+    else:
+        kept = ModelSettings.load(asked["settings"])
+    settings = with_far_maps(kept, asked["degree"], asked["far_dim"])
+    target = make_folder(folder)
+    with err().status(f"loading {model}"):
+        network = profiling.load_model(model, gguf_file=gguf, device=device)
+        tokenizer = profiling.load_tokenizer(model, gguf_file=gguf)
+        length = min(asked["length"], profiling.longest(network, tokenizer))
+        pieces = profiling.pieces(tokenizer, [profiling.read_text(text) for text in texts], length)
+    expect(len(pieces) >= 2, "--text", f"at least two pieces of {length} tokens", len(pieces))
+    learned_from = pieces[: max(1, min(len(pieces) - 1, asked["tokens"] // length))]
+    options = {name: asked[name] for name in ("steps", "queries", "seed", "resume")}
+    errors: list[float] = []
+    with progress_bar("{task.fields[error]}") as bar:
+        task = bar.add_task("pieces", total=len(learned_from), error="")
+
+        def notify(found: list[float]) -> None:
+            errors.append(sum(found) / len(found))
+            bar.update(task, advance=1, error=f"error {errors[-1]:.3f}")
+
+        learned = learn(network, learned_from, settings, folder=target, notify=notify, **options)
+    effect = None
+    if not asked["no_effect"]:
+        with err().status("measuring the end effect"):
+            effect = measure_learned(network, learned, pieces[-1:])
+    if as_json:
+        return emit_json({"folder": str(target), "pieces": len(learned_from), "errors": errors, "effect": effect})
+    out().print(f"{target}: learned from {len(learned_from)} pieces of {length:,} tokens")
+    if errors:
+        out().print(f"relative squared error of a layer's outputs: {errors[0]:.3f} at first, {errors[-1]:.3f} at last")
+    if effect is not None:
+        out().print(f"loss of the later half of a held-out piece, nats per token: {effect['softmax']:.4f} with softmax")
+        out().print(f"  learned far part {effect['learned']:.4f}, at {size(effect['bytes'])} of state")
+        out().print(f"  windows alone {effect['windows']:.4f}, of as many bytes")

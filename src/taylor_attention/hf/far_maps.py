@@ -1,0 +1,134 @@
+"""Learned queries and keys for the far part: a few entries that stand for what a head's far tokens say.
+
+Of a query q and a key k, with the head's key centre subtracted (see `centres`), far scores are (q A) . (k B), A [d, f]
+of the query head and B [d, f] of the key/value head; far weights are exp(gain) times the series of that. Near tokens
+have their own softmax scores. Moments of size f cost little: at f = 8 and degree 2 as much as 23 tokens of a cache with
+d = 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..core.storage import read_tensors, write_tensors
+from ..errors import StorageError, expect, shown
+from .models import Sizes, attention_layers, sizes_of, text_config
+
+KIND = "far-maps"
+_PREFIX = "taylor_attention_far_"
+
+
+class FarMap(NamedTuple):
+    """What makes far queries and keys of one layer's, and the logarithm of a factor on far weights."""
+
+    query_map: Tensor  # [Hq, d, f]
+    key_map: Tensor  # [Hkv, d, f]
+    gain: Tensor  # [Hq]
+
+    @property
+    def far_dim(self) -> int:
+        """Entries of a far key."""
+        return self.key_map.shape[2]
+
+    def far_query(self, query: Tensor) -> Tensor:
+        """Of queries [B, Hq, n, d]: [B, Hq, n, f]."""
+        return query @ self.query_map.to(query.dtype)
+
+    def far_key(self, key: Tensor) -> Tensor:
+        """Of centred keys [B, Hkv, n, d]: [B, Hkv, n, f]."""
+        return key @ self.key_map.to(key.dtype)
+
+
+def set_far_maps(model: PreTrainedModel, maps: Sequence[FarMap] | str | Path | None) -> None:
+    """Let the attention layers of a model read far tokens by learned maps, in all heads whose settings have a far_dim.
+
+    They move with the model, but are not saved with it (see `save_far_maps`). A cache that was begun with others cannot
+    go on.
+
+    Args:
+        model: one that `use` takes.
+        maps: one for each layer, finite; a file of them; None: none.
+
+    Raises:
+        ArgumentError: these are no such maps.
+        StorageError: the file cannot be read, or holds something else.
+    """
+    modules = attention_layers(model)
+    if maps is None:
+        for module in modules:
+            for name in FarMap._fields:
+                module._buffers.pop(_PREFIX + name, None)
+        return
+    found = load_far_maps(maps) if isinstance(maps, str | Path) else maps
+    sizes = sizes_of(text_config(model))
+    good = isinstance(found, Sequence) and len(found) == sizes.layers
+    expect(good, "maps", f"one for each of {sizes.layers} layers", shown(found))
+    for index, each in enumerate(found):
+        _check(index, each, sizes)
+    for module, each in zip(modules, found, strict=True):
+        place = next(module.parameters()).device
+        for name, tensor in each._asdict().items():
+            module.register_buffer(_PREFIX + name, tensor.detach().to(place, copy=True), persistent=False)
+
+
+def far_map(module: nn.Module) -> FarMap | None:
+    """By what an attention layer reads far tokens; None: by its own queries and keys."""
+    found = [module._buffers.get(_PREFIX + name) for name in FarMap._fields]
+    present = [x for x in found if x is not None]
+    return FarMap(*present) if present else None
+
+
+def save_far_maps(path: str | Path, maps: Sequence[FarMap]) -> None:
+    """Write one map for each layer to a file, replacing it atomically (safetensors).
+
+    Raises:
+        ArgumentError: these are no maps.
+        StorageError: the file cannot be written.
+    """
+    good = isinstance(maps, Sequence) and len(maps) > 0 and all(isinstance(each, FarMap) for each in maps)
+    expect(good, "maps", "a FarMap for each layer", shown(maps))
+    for index, each in enumerate(maps):
+        _check(index, each, None)
+    tensors = {f"{index}.{name}": x for index, each in enumerate(maps) for name, x in each._asdict().items()}
+    write_tensors(path, {name: x.detach().contiguous() for name, x in tensors.items()}, kind=KIND, metadata={})
+
+
+def load_far_maps(path: str | Path) -> list[FarMap]:
+    """Read what `save_far_maps` wrote; StorageError if it cannot be read or is something else."""
+    tensors, _ = read_tensors(path, kind=KIND)
+    layers = len(tensors) // len(FarMap._fields)
+    names = {f"{index}.{name}" for index in range(layers) for name in FarMap._fields}
+    if set(tensors) != names:
+        raise StorageError(f"{path}: expected three tensors for each layer, got {sorted(tensors)[:6]}")
+    return [FarMap(*(tensors[f"{index}.{name}"] for name in FarMap._fields)) for index in range(layers)]
+
+
+def _check(index: int, each: FarMap, sizes: Sizes | None) -> None:
+    """Refuse what is no map, or not one of a layer of these sizes."""
+    expect(isinstance(each, FarMap), f"maps[{index}]", "a FarMap", type(each))
+    for name, x in each._asdict().items():
+        place, axes = f"maps[{index}].{name}", 1 if name == "gain" else 3
+        good = isinstance(x, Tensor) and x.is_floating_point() and x.ndim == axes
+        expect(good, place, f"a floating-point tensor of {axes} axes", shown(x))
+        expect(bool(x.isfinite().all()), place, "finite numbers", "NaN or infinity")
+    heads, head_dim, far_dim = each.query_map.shape
+    kv_heads = each.key_map.shape[0]
+    if sizes is not None:
+        heads, kv_heads, head_dim = sizes.query_heads, sizes.kv_heads, sizes.head_dim
+    wanted = {"query_map": (heads, head_dim, far_dim), "key_map": (kv_heads, head_dim, far_dim), "gain": (heads,)}
+    for name, shape in wanted.items():
+        found = tuple(getattr(each, name).shape)
+        expect(found == shape, f"maps[{index}].{name}", f"shape {shape}", found)
+
+
+def same_keys(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two layers subtract the same, or make the same far keys."""
+    if one is None or other is None:
+        return one is other
+    return one is other or (one.device == other.device and torch.equal(one, other))

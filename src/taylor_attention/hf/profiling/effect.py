@@ -1,0 +1,143 @@
+"""What settings do to a model in the end: next-token loss of a language model, embeddings of an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DynamicCache
+
+from ...core.cost import cache_size
+from ..cache import TaylorCache
+from ..centres import set_key_centres
+from ..models import ATTRIBUTE, text_config, use
+from ..settings import HeadSettings, ModelSettings
+from .recommend import Recommendation
+from .statistics import Profile
+
+CHUNK = 512
+"""Tokens that a language model reads at once."""
+
+Notify = Callable[[], None] | None
+
+
+def next_token_loss(
+    model: Any, pieces: Sequence[Tensor], settings: ModelSettings | HeadSettings | None, *, notify: Notify = None
+) -> float:
+    """The loss of a language model on the later half of each text, in nats per token.
+
+    The text is read in chunks of 512 tokens with a `TaylorCache`, so in constant memory but for softmax heads.
+
+    Args:
+        model: of transformers, with a head for the next token.
+        pieces: the texts, int64 [T] each.
+        settings: what heads keep; None: softmax by "sdpa", all heads.
+        notify: called after each chunk.
+    """
+    total = count = 0.0
+    with using(model, settings), torch.no_grad():
+        for piece in pieces:
+            cache = DynamicCache() if settings is None else TaylorCache(model)
+            first = len(piece) // 2
+            for start in range(0, len(piece) - 1, CHUNK):
+                asked = piece[start : start + CHUNK].to(model.device)
+                logits = model(input_ids=asked[None], past_key_values=cache, use_cache=True).logits[0]
+                target = piece[start + 1 : start + CHUNK + 1].to(model.device)
+                skipped = max(0, first - start - 1)
+                logits, target = logits[skipped : len(target)].float(), target[skipped:]
+                total += float(functional.cross_entropy(logits, target, reduction="sum"))
+                count += len(target)
+                if notify is not None:
+                    notify()
+    return total / count
+
+
+def embeddings(
+    model: Any, pieces: Sequence[Tensor], settings: ModelSettings | HeadSettings | None, *, notify: Notify = None
+) -> Tensor:
+    """Mean-pooled last hidden states of an encoder, [N, width] of N texts; otherwise as `next_token_loss`."""
+    found = []
+    with using(model, settings), torch.no_grad():
+        for piece in pieces:
+            found.append(model.base_model(input_ids=piece.to(model.device)[None]).last_hidden_state[0].float().mean(0))
+            if notify is not None:
+                notify()
+    return torch.stack(found)
+
+
+@contextmanager
+def using(model: Any, settings: ModelSettings | HeadSettings | None) -> Iterator[None]:
+    """Let a model attend by settings (None: softmax by "sdpa") inside the block, ready to run; then as before."""
+    config, training, before = text_config(model), model.training, model.config._attn_implementation
+    own = {ATTRIBUTE: getattr(config, ATTRIBUTE)} if hasattr(config, ATTRIBUTE) else {}
+    model.eval()
+    try:
+        if settings is None:
+            model.set_attn_implementation("sdpa")
+        else:
+            use(model, settings)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        config.__dict__.pop(ATTRIBUTE, None)
+        config.__dict__.update(own)
+        model.train(training)
+
+
+@contextmanager
+def centred(model: Any, centres: Sequence[Tensor] | None) -> Iterator[None]:
+    """Let a model, which has no key centres of its own, subtract these inside the block."""
+    if centres is not None:
+        set_key_centres(model, centres)
+    try:
+        yield
+    finally:
+        if centres is not None:
+            set_key_centres(model, None)
+
+
+def uniform(profile: Profile, nbytes: int) -> HeadSettings:
+    """Sinks and the longest window alone, the same for all heads, within so many bytes of them all."""
+    each = nbytes // len(profile.shared)
+    token = cache_size(1, profile.head_dim, value_dim=profile.value_dim) * profile.dtype.itemsize
+    low, high = 0, each // token  # a window never takes fewer bytes a token than a cache does
+    while low < high:
+        middle = (low + high + 1) // 2
+        held = HeadSettings(middle, profile.sinks, 0, None)
+        fits = held.nbytes(profile.tokens, profile.head_dim, profile.value_dim, profile.dtype) <= each
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return HeadSettings(low, profile.sinks, 0, None)
+
+
+def measure_effect(
+    model: Any, profile: Profile, advice: Recommendation, pieces: Sequence[Tensor], *, notify: Notify = None
+) -> dict[str, Any]:
+    """The end effect of a recommendation on texts that were not profiled.
+
+    Returns:
+        Of a language model: {"measure": "nats per token", "softmax", "recommended", "uniform": losses,
+        "uniform_settings": sinks and one window for all heads, at the bytes of the recommended settings}. Of an
+        encoder: {"measure": "cosine", "recommended": mean cosine with softmax's embedding, "lowest": of one text}.
+    """
+    if not profile.causal:
+        exact = embeddings(model, pieces, None, notify=notify)
+        with centred(model, advice.centres):
+            own = embeddings(model, pieces, advice.settings, notify=notify)
+        cosine = functional.cosine_similarity(exact, own)
+        return {"measure": "cosine", "recommended": float(cosine.mean()), "lowest": float(cosine.min())}
+    plain = uniform(profile, advice.nbytes)
+    losses = {"softmax": next_token_loss(model, pieces, None, notify=notify)}
+    with centred(model, advice.centres):
+        losses["recommended"] = next_token_loss(model, pieces, advice.settings, notify=notify)
+    losses["uniform"] = next_token_loss(model, pieces, plain, notify=notify)
+    return {"measure": "nats per token", **losses, "uniform_settings": asdict(plain)}
+
+
+def effect_steps(profile: Profile, pieces: Sequence[Tensor]) -> int:
+    """How often `measure_effect` notifies."""
+    return sum(3 * -(-(len(piece) - 1) // CHUNK) if profile.causal else 2 for piece in pieces)
