@@ -36,9 +36,9 @@ def reproduce(
 
     What was measured is kept as it comes (OUT/NAME.jsonl); `taylor-attention report` makes one page of all.
     """
+    chosen = _chosen(only)
     target = make_folder(folder)
     summary: dict[str, Any] = {}
-    chosen = [each for name, each in EXPERIMENTS.items() if not only or name in only]
     for experiment in chosen:
         try:
             findings = _run(experiment, target, seed, quick, processes or os.cpu_count() or 1, resume)
@@ -50,6 +50,20 @@ def reproduce(
         results = write_results(target / f"{experiment.name}.json", experiment.name, command, seed, findings)
         summary[experiment.name] = _finish(experiment, results.findings, target, as_json)
     emit_json({"seed": seed, "quick": quick, "out": folder, "experiments": summary})
+
+
+def _chosen(only: tuple[str, ...]) -> list[Experiment]:
+    """Those asked for, UsageError if one cannot be run; or all that can be."""
+    able = []
+    for name, experiment in EXPERIMENTS.items():
+        missing = experiment.missing() if not only or name in only else None
+        if missing is not None and name in only:
+            raise click.UsageError(f"--only {name}: {missing}")
+        if missing is not None:
+            err().print(f"{name} is left out: {missing}", markup=False, soft_wrap=True)
+        elif not only or name in only:
+            able.append(experiment)
+    return able
 
 
 def _run(experiment: Experiment, folder: Path, seed: int, quick: bool, processes: int, resume: bool) -> list[Finding]:

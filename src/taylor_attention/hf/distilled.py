@@ -13,7 +13,7 @@ from ..errors import expect
 from .centres import load_key_centres, save_key_centres, set_key_centres
 from .far_maps import FarMap, load_far_maps, save_far_maps, set_far_maps
 from .models import Model, sizes_of, text_config, use
-from .profiling.effect import next_token_loss
+from .profiling.effect import next_token_loss, widest
 from .settings import HeadSettings, ModelSettings
 
 _FILES = {"settings": "settings.json", "centres": "centres.safetensors", "maps": "far_maps.safetensors"}
@@ -69,18 +69,14 @@ def with_far_maps(settings: ModelSettings, degree: int, far_dim: int) -> ModelSe
 
 def windows_alone(settings: ModelSettings, model: Any, tokens: int) -> HeadSettings:
     """Sinks and one window for all heads, of as many bytes as these settings take after so many tokens."""
-    sizes, sinks = sizes_of(text_config(model)), settings.default.sinks
-
-    def nbytes(kept: ModelSettings) -> int:
-        return kept.nbytes(tokens, sizes.layers, sizes.kv_heads, sizes.head_dim, dtype=model.dtype)
-
-    budget, low, high = nbytes(settings), 0, tokens
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = nbytes(ModelSettings(HeadSettings(middle, sinks, 0, None))) <= budget
-        low, high = (middle, high) if fits else (low, middle - 1)
-    expect(low + sinks > 0, "settings", "more bytes than a head without any token takes", budget)
-    return HeadSettings(low, sinks, 0, None)
+    sizes = sizes_of(text_config(model))
+    budget = settings.nbytes(tokens, sizes.layers, sizes.kv_heads, sizes.head_dim, dtype=model.dtype)
+    each = budget // (sizes.layers * sizes.kv_heads)
+    plain = HeadSettings(0, settings.default.sinks, 0, None)
+    found = widest(plain, each, sizes.head_dim, sizes.head_dim, model.dtype)
+    expect(found is not None and bool(found.window), "settings", "bytes enough for a window", f"{each} a head")
+    assert found is not None  # or it was refused
+    return found
 
 
 def measure_learned(model: Any, learned: Distilled, pieces: Sequence[Tensor]) -> dict[str, Any]:

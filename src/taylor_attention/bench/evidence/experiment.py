@@ -66,6 +66,7 @@ class Experiment:
         conclusions: sentences, with numbers from the findings.
         timed: whether it measures time or memory, so that it must run alone; cases of others run side by side, in
             processes of one thread each.
+        missing: what it needs and is not there, as a sentence; None: nothing.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Experiment:
     pictures: Callable[[Findings], list[Picture]]
     conclusions: Callable[[Findings], list[str]]
     timed: bool = False
+    missing: Callable[[], str | None] = lambda: None
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import capacity, length, precision, recall, reconstruction, runtime, score_map, sizes, training
+from . import capacity, length, precision, pretrained, recall, reconstruction, runtime, score_map, sizes, training
 from .experiment import Experiment
 
 _ALL = (
@@ -15,6 +15,7 @@ _ALL = (
     length.EXPERIMENT,
     capacity.EXPERIMENT,
     recall.EXPERIMENT,
+    pretrained.EXPERIMENT,
 )
 
 EXPERIMENTS: dict[str, Experiment] = {each.name: each for each in _ALL}

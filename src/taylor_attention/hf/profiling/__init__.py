@@ -1,6 +1,6 @@
 """The profiler: what a model of transformers attends to on a text, and what each head would have to keep of it."""
 
-from .effect import effect_steps, embeddings, measure_effect, next_token_loss
+from .effect import effect_steps, embeddings, measure_effect, next_token_loss, token_losses, widest
 from .loading import cut, load_model, load_tokenizer, longest, pieces, read_text
 from .profiler import profile
 from .recommend import Recommendation, recommend, recommend_within
@@ -24,4 +24,6 @@ __all__ = [
     "read_text",
     "recommend",
     "recommend_within",
+    "token_losses",
+    "widest",
 ]

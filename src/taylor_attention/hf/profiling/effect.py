@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -39,22 +39,25 @@ def next_token_loss(
         settings: what heads keep; None: softmax by "sdpa", all heads.
         notify: called after each chunk.
     """
-    total = count = 0.0
+    losses = [token_losses(model, piece, settings, notify=notify)[len(piece) // 2 - 1 :] for piece in pieces]
+    return float(torch.cat(losses).double().mean())
+
+
+def token_losses(
+    model: Any, piece: Tensor, settings: ModelSettings | HeadSettings | None, *, notify: Notify = None
+) -> Tensor:
+    """The loss of a language model at each token of a text but the last, [T - 1]; otherwise as `next_token_loss`."""
+    found = []
     with using(model, settings), torch.no_grad():
-        for piece in pieces:
-            cache = DynamicCache() if settings is None else TaylorCache(model)
-            first = len(piece) // 2
-            for start in range(0, len(piece) - 1, CHUNK):
-                asked = piece[start : start + CHUNK].to(model.device)
-                logits = model(input_ids=asked[None], past_key_values=cache, use_cache=True).logits[0]
-                target = piece[start + 1 : start + CHUNK + 1].to(model.device)
-                skipped = max(0, first - start - 1)
-                logits, target = logits[skipped : len(target)].float(), target[skipped:]
-                total += float(functional.cross_entropy(logits, target, reduction="sum"))
-                count += len(target)
-                if notify is not None:
-                    notify()
-    return total / count
+        cache = DynamicCache() if settings is None else TaylorCache(model)
+        for start in range(0, len(piece) - 1, CHUNK):
+            asked = piece[start : start + CHUNK].to(model.device)
+            logits = model(input_ids=asked[None], past_key_values=cache, use_cache=True).logits[0]
+            target = piece[start + 1 : start + CHUNK + 1].to(model.device)
+            found.append(functional.cross_entropy(logits[: len(target)].float(), target, reduction="none"))
+            if notify is not None:
+                notify()
+    return torch.cat(found)
 
 
 def embeddings(
@@ -103,15 +106,25 @@ def centred(model: Any, centres: Sequence[Tensor] | None) -> Iterator[None]:
 
 def uniform(profile: Profile, nbytes: int) -> HeadSettings:
     """Sinks and the longest window alone, the same for all heads, within so many bytes of them all."""
-    each = nbytes // len(profile.shared)
-    token = cache_size(1, profile.head_dim, value_dim=profile.value_dim) * profile.dtype.itemsize
-    low, high = 0, each // token  # a window never takes fewer bytes a token than a cache does
+    plain = HeadSettings(0, profile.sinks, 0, None)
+    widened = widest(plain, nbytes // len(profile.shared), profile.head_dim, profile.value_dim, profile.dtype)
+    return plain if widened is None else widened
+
+
+def widest(
+    settings: HeadSettings, nbytes: int, head_dim: int, value_dim: int, dtype: torch.dtype = torch.float32
+) -> HeadSettings | None:
+    """The same settings of a head with the longest window that so many bytes allow; None if not even without one."""
+
+    def fits(window: int) -> bool:
+        return replace(settings, window=window).nbytes(0, head_dim, value_dim, dtype) <= nbytes
+
+    token = cache_size(1, head_dim, value_dim=value_dim) * dtype.itemsize
+    low, high = -1, nbytes // token  # a window never takes fewer bytes a token than a cache does
     while low < high:
         middle = (low + high + 1) // 2
-        held = HeadSettings(middle, profile.sinks, 0, None)
-        fits = held.nbytes(profile.tokens, profile.head_dim, profile.value_dim, profile.dtype) <= each
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return HeadSettings(low, profile.sinks, 0, None)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return None if low < 0 else replace(settings, window=low)
 
 
 def measure_effect(

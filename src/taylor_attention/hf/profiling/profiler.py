@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ...errors import expect, expect_int, shown
 from ...ops.attention import attention
 from ...ops.normaliser import watch_normalisers
 from .observe import Observation, observing
-from .scores import Sample, Sums, error_sums, measure
+from .scores import WAYS, Sample, Sums, error_sums, measure
 from .statistics import HEAVY_FAR, Head, Profile
 
 SINKS = 4
@@ -28,6 +28,7 @@ def profile(
     *,
     queries: int = 128,
     windows: Sequence[int] | None = None,
+    ways: Collection[str] = WAYS,
     seed: int = 0,
     notify: Callable[[], None] | None = None,
 ) -> Profile:
@@ -41,17 +42,19 @@ def profile(
         pieces: the texts as token numbers, int64 [T] each, of one length.
         queries: of each head, in all texts together.
         windows: to try, in tokens; powers of two from 64 below T if None. Encoders have none.
+        ways: what is tried beside sinks and windows alone: "pure" polynomials of all keys, polynomials of the "far"
+            ones, "heavy" tokens, which take most of the time.
         seed: of the choice of queries.
         notify: called after each layer of each text.
 
     Raises:
         ArgumentError: an argument is not as above, or the model has another attention.
     """
-    _check(pieces, queries, windows)
+    _check(pieces, queries, windows, ways)
     tokens = len(pieces[0])
     if windows is None:
         windows = [2**n for n in range(SMALLEST_WINDOW.bit_length() - 1, 63) if 2**n < tokens]
-    made = Profiler(windows, -(-queries // len(pieces)), notify)
+    made = Profiler(windows, -(-queries // len(pieces)), notify, ways)
     training = model.training
     model.eval()
     try:
@@ -64,20 +67,24 @@ def profile(
     return made.result(tokens, len(pieces))
 
 
-def _check(pieces: Sequence[Tensor], queries: int, windows: Sequence[int] | None) -> None:
+def _check(pieces: Sequence[Tensor], queries: int, windows: Sequence[int] | None, ways: Collection[str]) -> None:
     good = len(pieces) > 0 and all(isinstance(piece, Tensor) and piece.dtype == torch.int64 for piece in pieces)
     good = good and len({tuple(piece.shape) for piece in pieces}) == 1 and pieces[0].ndim == 1 and len(pieces[0]) > 1
     expect(good, "pieces", "int64 tensors [T] of one length, T > 1", "" if good else shown(pieces))
     expect_int("queries", queries, 1)
     for window in windows or ():
         expect_int("windows", window, 1)
+    known = not isinstance(ways, str) and isinstance(ways, Collection) and set(ways) <= set(WAYS)
+    expect(known, "ways", f"some of {', '.join(WAYS)}", shown(ways))
 
 
 class Profiler:
     """Takes in observations and adds up what is measured of them, by layer and key/value head."""
 
-    def __init__(self, windows: Sequence[int], queries: int, notify: Callable[[], None] | None) -> None:
-        self.seed = 0
+    def __init__(
+        self, windows: Sequence[int], queries: int, notify: Callable[[], None] | None, ways: Collection[str] = WAYS
+    ) -> None:
+        self.seed, self._ways = 0, ways
         self._windows = [0, *sorted(set(windows))]
         self._queries, self._notify = queries, notify
         self._sums: dict[tuple[int, int], Sums] = {}
@@ -96,8 +103,10 @@ class Profiler:
                 sinks=SINKS,
                 windows=self._windows if layer.causal else [0],
                 near=layer.causal,
+                ways=self._ways,
             )
-            sums |= self._heavy(query, key, value, places, layer, output)
+            if "heavy" in self._ways:
+                sums |= self._heavy(query, key, value, places, layer, output)
             before = self._sums.get((layer.layer, head))
             self._sums[layer.layer, head] = (
                 sums if before is None else {name: before[name] + each for name, each in sums.items()}

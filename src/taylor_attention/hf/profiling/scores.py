@@ -6,7 +6,7 @@ reads them: through the powers of the far scores, P_p = sum_j s_j^p [v_j, 1] (se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,9 @@ PURE_DEGREE, FAR_DEGREE = 8, 4
 
 TOPS = (16, 64)
 """How many of the far keys of most weight are summed."""
+
+WAYS = ("pure", "far", "heavy")
+"""What is tried beside sinks and windows alone: polynomials of all keys, of the far ones, and heavy tokens."""
 
 Sums = dict[str, Tensor]
 """Sums over queries by name, [G, ...] of G query heads."""
@@ -62,13 +65,16 @@ class Sample:
 
 
 @torch.no_grad()
-def measure(sample: Sample, *, sinks: int, windows: Sequence[int], near: bool) -> tuple[Sums, Tensor]:
+def measure(
+    sample: Sample, *, sinks: int, windows: Sequence[int], near: bool, ways: Collection[str] = WAYS
+) -> tuple[Sums, Tensor]:
     """The sums of a sample, and softmax's output [G, n, dv].
 
     Args:
         sinks: first tokens that are told apart, and attended to exactly.
         windows: how many latest ones are, each in turn.
         near: whether errors with sinks and windows are wanted, or of pure polynomials alone.
+        ways: of `WAYS`, what else errors are wanted of.
     """
     scores = sample.scale * (sample.query @ sample.key.mT)  # [G, n, T]
     shift = sample.scale * (sample.query @ sample.key.mean(0))  # [G, n], what the mean key adds to a query's scores
@@ -76,7 +82,8 @@ def measure(sample: Sample, *, sinks: int, windows: Sequence[int], near: bool) -
     output = weights @ sample.value
     found = _spreads(scores, shift, sample.visible) | _weights(weights, sample, sinks, windows)
     with watch_normalisers():  # queries without a safe normaliser are rows of NaN, and show as errors of NaN
-        errors = [_pure(scores, shift, sample)] + ([_near(scores, shift, sample, sinks, windows)] if near else [])
+        errors = [_pure(scores, shift, sample)] if "pure" in ways else []
+        errors += [_near(scores, shift, sample, sinks, windows, far="far" in ways)] if near else []
     for each in errors:
         found |= {name: error_sums(outputs, output) for name, outputs in each.items()}
     return found | {"output": _squared(output)}, output
@@ -130,14 +137,17 @@ def _pure(scores: Tensor, shift: Tensor, sample: Sample) -> dict[str, Tensor]:
     }
 
 
-def _near(scores: Tensor, shift: Tensor, sample: Sample, sinks: int, windows: Sequence[int]) -> dict[str, Tensor]:
+def _near(
+    scores: Tensor, shift: Tensor, sample: Sample, sinks: int, windows: Sequence[int], *, far: bool
+) -> dict[str, Tensor]:
     """Outputs with exact sinks and windows, far keys dropped [G, W, n, dv] or read [G, W, FAR_DEGREE + 1, n, dv]."""
     found: dict[str, list[Tensor]] = {}
     for window in windows:
         exact = sample.near(sinks, window)
         near, top = _exact(scores, exact, sample.columns)
         found.setdefault("dropped", []).append(divide(near, near[..., -1] == 0))
-        polynomials = _polynomials(scores, shift, sample.visible & ~exact, sample.columns, FAR_DEGREE)
+        rest = sample.visible & ~exact
+        polynomials = _polynomials(scores, shift, rest, sample.columns, FAR_DEGREE) if far else {}
         for name, each in polynomials.items():
             own = top - shift if name == "centred" else top  # near and far scores are less by the same
             outs = [join(near, own, out, factor)[0] for out, factor in each]

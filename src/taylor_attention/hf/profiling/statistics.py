@@ -77,7 +77,7 @@ class Errors:
 
     def degree_for(self, reading: str, level: float) -> int | None:
         """The smallest degree of a pure polynomial with at most such an error; None: none that was tried."""
-        return next((degree for degree, error in enumerate(self.pure[reading]) if error <= level), None)
+        return next((degree for degree, error in enumerate(self.pure.get(reading, ())) if error <= level), None)
 
     def window_for(self, level: float) -> int | None:
         """The smallest window that has with sinks, and nothing else, at most such an error; None: none tried."""
@@ -125,7 +125,7 @@ def _errors(sums: Sums, windows: Sequence[int]) -> Errors:
     def by_window(name: str, windows: Sequence[int] = windows) -> dict[int, Any]:
         return dict(zip(windows, relative(name), strict=False)) if name in sums else {}
 
-    pure = {reading: relative(f"pure_{reading}") for reading in READINGS}
+    pure = {reading: relative(f"pure_{reading}") for reading in READINGS if f"pure_{reading}" in sums}
     far = {reading: by_window(f"far_{reading}") for reading in READINGS if f"far_{reading}" in sums}
     return Errors(pure, by_window("dropped"), by_window("heavy", [each for each in windows if each]), far)
 
