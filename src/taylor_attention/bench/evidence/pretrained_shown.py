@@ -73,8 +73,8 @@ def _loss(finding: Finding, end: int) -> float | None:
     return next((place["loss"] for place in finding.values["ranges"] if place["to"] == end), None)
 
 
-def _percent(share: float | None, digits: int = 0) -> str:
-    return "" if share is None else f"{100 * share:.{digits}f}%"
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.3g}%"
 
 
 def _digits(value: float | None, absent: str = "failed") -> str:
@@ -92,7 +92,7 @@ def _by_position(losses: Losses) -> Table:
     for method in losses.found:
         own = (_digits(losses.at(method, end)) for end in losses.ends)
         size = number(losses.nbytes(method) / 1e6)
-        rows.append((method[0], _percent(losses.share(method), 1), size, *own, _percent(losses.closed(method))))
+        rows.append((method[0], _percent(losses.share(method)), size, *own, _percent(losses.closed(method))))
     return Table(
         "SmolLM2-135M: next-token loss by position",
         ("method", "bytes", "MB", *(f"to {end:,}" for end in losses.ends), "gap closed"),
@@ -111,7 +111,7 @@ def _by_speech(losses: Losses) -> Table:
         own = {each.case["speech"]: _loss(each, losses.ends[-1]) for each in found}
         seconds = sum(each.seconds for each in found) / len(found)
         cells = (_digits(own[name]) if name in own else "" for name in names)
-        rows.append((method[0], _percent(losses.share(method), 1), *cells, number(seconds)))
+        rows.append((method[0], _percent(losses.share(method)), *cells, number(seconds)))
     where = f"to {losses.ends[-1]:,}" if losses.ends else ""
     return Table(
         f"SmolLM2-135M: each speech, last positions ({where})",
@@ -130,7 +130,7 @@ def _kept(losses: Losses) -> Table:
     rows = [(kind, *(str(own.get(kind, 0)) for own in counts.values())) for kind in kinds]
     return Table(
         "Windows by head: how many key/value heads keep what",
-        ("what is kept", *(f"at {_percent(budget, 1)}" for _, budget in chosen)),
+        ("what is kept", *(f"at {_percent(budget)}" for _, budget in chosen)),
         tuple(rows),
         "Chosen by the profiler within a budget of bytes, on speeches that are not measured on; beside 4 sinks.",
     )
@@ -216,7 +216,7 @@ def _tell_gap(losses: Losses, method: Method) -> str | None:
         return None
     own, plain, best = (losses.at(each) for each in (method, losses.rival(method), (SOFTMAX, 1.0)))
     return (
-        f"At {_percent(method[1], 2)} of the bytes of {losses.found[method][0].case['tokens']:,} cached tokens, "
+        f"At {_percent(method[1])} of the bytes of {losses.found[method][0].case['tokens']:,} cached tokens, "
         f"windows by head close {_percent(closed)} of the gap between one window for all heads and softmax over the "
         f"last positions: {_digits(own)}, {_digits(plain)}, {_digits(best)} nats per token."
     )
@@ -229,7 +229,7 @@ def _tell_far(losses: Losses, name: str) -> str | None:
         return None
     failed = [method for method in methods if losses.at(method) is None]
     if failed:
-        budgets = ", ".join(_percent(losses.share(method), 1) for method in failed)
+        budgets = ", ".join(_percent(losses.share(method)) for method in failed)
         return f"{name}: at {budgets} of the bytes, a normaliser was not safely positive, so there is no loss."
     compared = [(losses.share(each), losses.at(each), losses.at(losses.rival(each))) for each in methods]
     pairs = [(share, own, plain) for share, own, plain in compared if own is not None and plain is not None]
@@ -237,7 +237,7 @@ def _tell_far(losses: Losses, name: str) -> str | None:
         return None
     earned = sum(own < plain for _, own, plain in pairs)
     verdict = {0: "does not earn its bytes", len(pairs): "earns its bytes"}.get(earned, "earns its bytes at some only")
-    listed = ", ".join(f"at {_percent(share, 1)} {own - plain:+.4f}" for share, own, plain in pairs)
+    listed = ", ".join(f"at {_percent(share)} {own - plain:+.4f}" for share, own, plain in pairs)
     return f"{name} {verdict}: its loss less that of a window alone of the same bytes is {listed} nats per token."
 
 
