@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,15 @@ def test_queries_are_of_the_later_half_or_of_all_of_an_encoder(made, first):
     assert found.heads[1, 0].weight.sinks == pytest.approx(float(sums["sinks"][0]) / len(places))
 
 
+@pytest.mark.parametrize("ways", [(), ("pure",), ("far",), ("heavy",)])
+def test_what_is_not_asked_for_is_left_out(ways):
+    model, pieces = causal_model(), pieces_of(1, 200)
+    whole, some = (profile(model, pieces, queries=8, **asked).shared[1, 1] for asked in ({}, {"ways": ways}))
+    kept = {name: getattr(whole.errors, name) if name in ways else {} for name in ("pure", "far", "heavy")}
+    assert some == replace(whole, errors=replace(whole.errors, **kept))
+    assert json.dumps(some.to_dict())
+
+
 def test_texts_are_added_up():
     model, pieces = causal_model(num_hidden_layers=1), pieces_of(2, 80)
     both = profile(model, pieces, queries=80, windows=[8])
@@ -87,6 +97,8 @@ WRONG = {
     "half a query": ({"queries": 0.5}, "queries"),
     "no window": ({"windows": [0]}, "windows"),
     "a word": ({"windows": ["8"]}, "windows"),
+    "an unknown way": ({"ways": ["near"]}, "ways"),
+    "a way by itself": ({"ways": "far"}, "ways"),
 }
 
 
