@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 VOCABULARY = 61
+LETTERS = "abcdefghijklmnopqrstuvwxyz ,.\n"
 LAYERS = 2
 _SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
 _ROTARY = {**_SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096}
@@ -78,3 +84,24 @@ def pad_left(tokens: Tensor, hidden: list[int]) -> tuple[Tensor, Tensor]:
     """The tokens with the first few of each sequence taken for padding, and their attention mask, int64 [B, T]."""
     mask = torch.arange(tokens.shape[1]) >= torch.tensor(hidden)[:, None]
     return tokens * mask, mask.long()
+
+
+def tokenizer_of(*, special: bool) -> transformers.PreTrainedTokenizerFast:
+    """A token for each letter; special: [CLS] before a text and [SEP] after it."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *LETTERS]
+    made = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, "[UNK]"))
+    made.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    if special:
+        made.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
+
+
+def save_models(folder: Path) -> Path:
+    """Write a language model "causal" and an encoder "encoder" with tokenizers, and "text.txt", to a folder."""
+    torch.manual_seed(0)
+    for name, model in {"causal": causal_model(dtype=torch.float32), "encoder": encoder(torch.float32)}.items():
+        model.save_pretrained(folder / name)
+        tokenizer_of(special=name == "encoder").save_pretrained(folder / name)
+    letters = torch.randint(len(LETTERS), (900,)).tolist()
+    (folder / "text.txt").write_text("".join(LETTERS[each] for each in letters), encoding="utf-8")
+    return folder

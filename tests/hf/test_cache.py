@@ -219,7 +219,7 @@ def test_memory_is_constant_over_2000_tokens():
     cache, token = hf.TaylorCache(model), token_ids(1, 1)
     sizes = set()
     for count in range(2000):
-        if count == 1800:
+        if count == 1000:
             tracemalloc.start()
             start = tracemalloc.get_traced_memory()[0]
         token = model(token, past_key_values=cache).logits.argmax(-1)
@@ -228,7 +228,7 @@ def test_memory_is_constant_over_2000_tokens():
     tracemalloc.stop()
     assert cache.get_seq_length() == 2000
     assert len(sizes) == 1
-    assert grown < 200 * 32  # Python's bytes: a number kept per token would be more
+    assert grown < 1000 * 32  # Python's bytes: a number kept per token would be more
 
 
 @torch.no_grad()

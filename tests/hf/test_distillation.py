@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from taylor_attention import hf
 from taylor_attention.errors import ArgumentError, StorageError
-from taylor_attention.hf.distillation import Learner, distill
+from taylor_attention.hf.distillation import Learner, choose, distill
 from taylor_attention.hf.distilled import Distilled, measure_learned, with_far_maps
 from taylor_attention.hf.models import sizes_of
 from taylor_attention.hf.profiling import next_token_loss
@@ -100,6 +102,29 @@ def test_errors_fall_and_are_told_for_each_layer(model, pieces):
     distill(model, pieces[:1] * 5, SETTINGS, steps=10, queries=16, notify=told.append)
     assert [len(each) for each in told] == [LAYERS] * 5
     assert sum(told[-1]) < 0.85 * sum(told[0])
+
+
+def test_heads_whose_far_part_does_not_earn_its_bytes_lose_it(model, pieces):
+    """One whose far scores are far too large; the other heads stay."""
+    learned = distill(model, pieces[:1] * 4, SETTINGS, steps=20, queries=24)
+    worst = learned.maps[1].key_map.clone()
+    worst[0] *= 1000
+    spoiled = replace(learned, maps=[learned.maps[0], learned.maps[1]._replace(key_map=worst)])
+    kept = choose(model, spoiled, pieces[:1], share=0.5).settings
+    assert kept.heads[1, 0] == NEAR
+    assert [kept.heads[place].far_dim for place in ((0, 0), (0, 1), (1, 1))] == [3, 3, 3]
+    assert choose(model, spoiled, pieces[:1], share=1e-9).settings.heads[0, 0] == NEAR
+
+
+def test_what_is_chosen_is_of_the_errors_that_are_learned(model, pieces):
+    learned = distill(model, pieces[:1], SETTINGS, steps=2, queries=16)
+    taken = Learner(SETTINGS.layer(0, 2), sizes_of(model.config), 10)
+    seen, positions = seen_by(model, pieces[0])[0], torch.arange(8, 48)
+    taken.take(learned.centres[0], learned.maps[0], seen.scale)
+    again, centre_and_maps = taken.result(), (learned.centres[0], learned.maps[0])
+    assert torch.allclose(again[0], centre_and_maps[0])
+    assert all(torch.allclose(a, b) for a, b in zip(again[1], centre_and_maps[1], strict=True))
+    assert bool(taken.errors(seen, positions).isfinite().all())
 
 
 def test_what_a_folder_holds_does_to_a_model_what_is_told(model, pieces):

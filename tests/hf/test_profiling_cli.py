@@ -8,43 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from taylor_attention import hf
 from taylor_attention.cli.app import app
 from taylor_attention.errors import ArgumentError, StorageError
 from taylor_attention.hf.profiling import cut, embeddings, load_model, load_tokenizer, next_token_loss
-from tiny_models import LAYERS, causal_model, encoder
+from tiny_models import LAYERS, LETTERS, encoder, save_models, tokenizer_of
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz ,.\n"
 TOKENS = 200
-
-
-def tokenizer_of(*, special: bool) -> PreTrainedTokenizerFast:
-    """A token for each letter; special: [CLS] before a text and [SEP] after it."""
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *LETTERS]
-    made = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, "[UNK]"))
-    made.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
-    if special:
-        made.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model, an encoder, and a text."""
-    folder = tmp_path_factory.mktemp("profile")
-    torch.manual_seed(0)
-    for name, model in {"causal": causal_model(dtype=torch.float32), "encoder": encoder(torch.float32)}.items():
-        model.save_pretrained(folder / name)
-        tokenizer_of(special=name == "encoder").save_pretrained(folder / name)
-    letters = torch.randint(len(LETTERS), (900,)).tolist()
-    (folder / "text.txt").write_text("".join(LETTERS[each] for each in letters), encoding="utf-8")
-    return folder
+    return save_models(tmp_path_factory.mktemp("profile"))
 
 
 def run(folder: Path, model: str, *arguments: str) -> Result:

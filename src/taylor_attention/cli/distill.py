@@ -57,14 +57,16 @@ def distill(model: str, texts: Sequence[Path], folder: str, as_json: bool, **ask
     """Learn, for each layer of MODEL, a few entries that stand for what its far tokens say.
 
     MODEL is a folder, or a name on the hub where that can be reached: a language model. Its weights stay as they are.
-    The last piece of the texts is held out: on it the end effect is measured, beside softmax, and beside the same
-    number of bytes spent on longer windows. What is learned is used with `hf.Distilled.load(FOLDER).use(model)`.
+    The last two pieces of the texts are not learned from. On the first of them heads are found whose far part does not
+    earn its bytes, and lose it; on the other one the end effect is measured, beside softmax, and beside the same number
+    of bytes spent on longer windows. What is learned is used with `hf.Distilled.load(FOLDER).use(model)`.
     """
     gguf, device = asked["gguf_file"], asked["device"]
     if gguf is not None:
         expect(os.path.isfile(os.path.join(model, gguf)) or not os.path.isdir(model), "--gguf-file", "a file", gguf)
     check_device(device)
     from ..hf import profiling  # needs transformers, which takes seconds to import
+    from ..hf.distillation import choose
     from ..hf.distillation import distill as learn
     from ..hf.distilled import measure_learned, with_far_maps
     from ..hf.settings import HeadSettings, ModelSettings
@@ -80,8 +82,8 @@ def distill(model: str, texts: Sequence[Path], folder: str, as_json: bool, **ask
         tokenizer = profiling.load_tokenizer(model, gguf_file=gguf)
         length = min(asked["length"], profiling.longest(network, tokenizer))
         pieces = profiling.pieces(tokenizer, [profiling.read_text(text) for text in texts], length)
-    expect(len(pieces) >= 2, "--text", f"at least two pieces of {length} tokens", len(pieces))
-    learned_from = pieces[: max(1, min(len(pieces) - 1, asked["tokens"] // length))]
+    expect(len(pieces) >= 3, "--text", f"at least three pieces of {length} tokens", len(pieces))
+    learned_from = pieces[: max(1, min(len(pieces) - 2, asked["tokens"] // length))]
     options = {name: asked[name] for name in ("steps", "queries", "seed", "resume")}
     errors: list[float] = []
     with progress_bar("{task.fields[error]}") as bar:
@@ -92,13 +94,20 @@ def distill(model: str, texts: Sequence[Path], folder: str, as_json: bool, **ask
             bar.update(task, advance=1, error=f"error {errors[-1]:.3f}")
 
         learned = learn(network, learned_from, settings, folder=target, notify=notify, **options)
+    with err().status("choosing the heads where it pays"):
+        learned = choose(network, learned, pieces[-2:-1])
+        learned.save(target)
+    far = sum(head.far_dim is not None for head in learned.settings.heads.values())
     effect = None
     if not asked["no_effect"]:
         with err().status("measuring the end effect"):
             effect = measure_learned(network, learned, pieces[-1:])
     if as_json:
-        return emit_json({"folder": str(target), "pieces": len(learned_from), "errors": errors, "effect": effect})
+        return emit_json(
+            {"folder": str(target), "pieces": len(learned_from), "heads": far, "errors": errors, "effect": effect}
+        )
     out().print(f"{target}: learned from {len(learned_from)} pieces of {length:,} tokens")
+    out().print(f"heads with a far part that earns its bytes: {far} of {len(learned.settings.heads)}")
     if errors:
         out().print(f"relative squared error of a layer's outputs: {errors[0]:.3f} at first, {errors[-1]:.3f} at last")
     if effect is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,15 @@ class Learner(nn.Module):
         found = weight @ value[:, None] / weight.sum(-1, keepdim=True)
         return (found - exact).square().sum((2, 3)) / exact.square().sum((2, 3))
 
+    @torch.no_grad()
+    def take(self, centre: Tensor, maps: FarMap, scale: float) -> None:
+        """Take over what `result` gave."""
+        self.scale = scale
+        self.centre.copy_(centre)
+        self.query_map.copy_(maps.query_map.view_as(self.query_map) / scale)
+        self.key_map.copy_(maps.key_map)
+        self.gain.copy_(maps.gain.view_as(self.gain))
+
     def result(self) -> tuple[Tensor, FarMap]:
         """The key centre and the maps."""
         maps = (self.query_map.flatten(0, 1) * self.scale, self.key_map, self.gain.flatten())
@@ -204,6 +214,49 @@ def distill(
         if notify is not None:
             notify(errors)
     return _result(learners, settings)
+
+
+@torch.no_grad()
+def choose(
+    model: Any, learned: Distilled, pieces: Sequence[Tensor], *, queries: int = 96, share: float = 0.9
+) -> Distilled:
+    """Leave the far part out of every head where it does not earn its bytes; what was learned for the others stays.
+
+    Args:
+        model: the one that was learned from.
+        pieces: of text, int64 [T] each, that were not learned from.
+        queries: of each piece that are looked at, evenly over all that have far tokens.
+        share: a head keeps its far part if that leaves at most this share of the error of far tokens dropped.
+
+    Raises:
+        ArgumentError: a piece has no tokens that are far.
+    """
+    sizes = sizes_of(text_config(model))
+    learners = [Learner(learned.settings.layer(index, sizes.kv_heads), sizes, 1) for index in range(sizes.layers)]
+    reach = max(min(int((each.windows + each.sinks).min()) for each in learners), 1)
+    shortest = min(map(len, pieces), default=0)
+    expect(shortest > reach, "pieces", f"more than {reach} tokens each, as many as a window and sinks", shortest)
+    found = torch.zeros(2, sizes.layers, sizes.kv_heads, dtype=torch.float64)
+
+    def receive(seen: Observation) -> None:
+        learner = learners[seen.layer]
+        learner.take(learned.centres[seen.layer], learned.maps[seen.layer], seen.scale)
+        gain, none = learner.gain.clone(), torch.full_like(learner.gain, -torch.inf)
+        positions = torch.linspace(reach, seen.key.shape[1] - 1, queries).long()
+        for way, each in enumerate((none, gain)):
+            learner.gain.copy_(each)
+            found[way, seen.layer] += learner.errors(seen, positions).sum(1)
+
+    with observing(model, receive):
+        for piece in pieces:
+            model.base_model(input_ids=piece.to(model.device)[None], use_cache=False)
+    heads = {}
+    for layer in range(sizes.layers):
+        for head, kept in enumerate(learned.settings.layer(layer, sizes.kv_heads)):
+            earns = bool(found[1, layer, head] <= share * found[0, layer, head])
+            drops = kept.far_dim is not None and not earns
+            heads[layer, head] = replace(kept, degree=None, far_dim=None) if drops else kept
+    return replace(learned, settings=ModelSettings(learned.settings.default, heads))
 
 
 def _learn(model: Any, learners: list[Learner], piece: Tensor, steps: int, queries: int, seed: int) -> list[float]:
