@@ -32,6 +32,9 @@ RATE, MAP_RATE = 1e-2, 3e-3
 
 _POSITION = "position.safetensors"
 
+_SOFTMAX = 2**31
+"""Stands for the window of a softmax head, which has nothing far."""
+
 
 class Learner(nn.Module):
     """The maps of one layer, while they are learned.
@@ -50,8 +53,7 @@ class Learner(nn.Module):
         far = [head.far_dim for head in heads if head.far_dim is not None]
         degrees = {head.degree for head in heads if head.degree is not None}
         self.coefficients = EXP.coefficients(max(degrees, default=0))
-        longest = 2**31  # a softmax head has nothing far
-        windows = [longest if head.window is None else head.window for head in heads]
+        windows = [_SOFTMAX if head.window is None else head.window for head in heads]
         self.windows, self.sinks = torch.tensor(windows), torch.tensor([head.sinks for head in heads])
         wide, (_, count, kv_heads, head_dim) = max(far, default=1), sizes
         self.centre = nn.Parameter(torch.zeros(kv_heads, head_dim))
@@ -65,7 +67,7 @@ class Learner(nn.Module):
     @property
     def has_far(self) -> bool:
         """Whether some head of the layer drops tokens."""
-        return bool((self.windows < 2**31).any())
+        return bool((self.windows < _SOFTMAX).any())
 
     @torch.no_grad()
     def begin(self, seen: Observation) -> None:
@@ -92,11 +94,11 @@ class Learner(nn.Module):
         self.optimizer.zero_grad()
         with torch.enable_grad():
             errors = self.errors(seen, positions)
-            loss = errors[self.windows < 2**31].sum()
+            loss = errors[self.windows < _SOFTMAX].sum()
             loss.backward()
         nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         self.optimizer.step()
-        return float(errors.detach()[self.windows < 2**31].mean())
+        return float(errors.detach()[self.windows < _SOFTMAX].mean())
 
     def errors(self, seen: Observation, positions: Tensor) -> Tensor:
         """Relative squared error of the outputs of some queries, [Hkv, G]."""
@@ -151,6 +153,11 @@ class Learner(nn.Module):
                     self.optimizer.state[x] = found
         self.step, self.scale = int(tensors["step"]), float(tensors["scale"])
         self.is_begun = self.step > 0
+
+
+def _here(seen: Observation) -> Observation:
+    """The same on the CPU, where maps are learned wherever the model runs."""
+    return replace(seen, query=seen.query.cpu(), key=seen.key.cpu(), value=seen.value.cpu())
 
 
 def _grouped(seen: Observation) -> Tensor:
@@ -238,7 +245,8 @@ def choose(
     expect(shortest > reach, "pieces", f"more than {reach} tokens each, as many as a window and sinks", shortest)
     found = torch.zeros(2, sizes.layers, sizes.kv_heads, dtype=torch.float64)
 
-    def receive(seen: Observation) -> None:
+    def receive(there: Observation) -> None:
+        seen = _here(there)
         learner = learners[seen.layer]
         learner.take(learned.centres[seen.layer], learned.maps[seen.layer], seen.scale)
         gain, none = learner.gain.clone(), torch.full_like(learner.gain, -torch.inf)
@@ -263,7 +271,8 @@ def _learn(model: Any, learners: list[Learner], piece: Tensor, steps: int, queri
     """A few steps of every layer from one piece; each layer's mean error."""
     found = [0.0] * len(learners)
 
-    def receive(seen: Observation) -> None:
+    def receive(there: Observation) -> None:
+        seen = _here(there)
         learner = learners[seen.layer]
         draw = torch.Generator().manual_seed(seed * 1009 + seen.layer)
         low = min(int((learner.windows + learner.sinks).min()), len(piece) - 1)
