@@ -60,6 +60,18 @@ def test_any_split_with_the_cache_is_one_call_without(settings, cuts):
 
 
 @torch.no_grad()
+def test_a_gain_can_leave_far_tokens_out():
+    """e^-40 of their weight is nothing beside near ones."""
+    model, tokens = hf.use(causal_model(), hf.HeadSettings(window=4, sinks=1, degree=None)), token_ids(2, 16)
+    expected = model(tokens).logits
+    hf.use(model, SMALL)
+    hf.set_far_maps(model, [each._replace(gain=torch.full((4,), -40.0)) for each in maps()])
+    assert relative_error(model(tokens).logits, expected) < FLOAT64
+    hf.set_far_maps(model, maps())
+    assert relative_error(model(tokens).logits, expected) > 1e-3
+
+
+@torch.no_grad()
 def test_heads_without_far_keys_do_not_see_them():
     settings = hf.HeadSettings(window=4, sinks=1, degree=2)
     model, tokens = hf.use(causal_model(), settings), token_ids(2, 16)
