@@ -140,6 +140,19 @@ def test_queries_of_a_group_share_a_head():
     assert sinks[0] > 0.99 > sinks[1]
 
 
+def test_a_head_of_small_outputs_counts_as_much_in_its_group():
+    """One wants the needle, whose value is large; one finds the others alike, whose values are too."""
+    query, key, value = planted()
+    query = torch.stack([query[NEEDLE], torch.full_like(query[NEEDLE], -0.5)])
+    value = torch.where(torch.arange(TOKENS)[:, None] == 100, 100, 1 + value[NEEDLE] / 2)[None]
+    made = Profiler(WINDOWS, 64, None)
+    made.see(Observation(0, query, key[[NEEDLE]], value, 1.0, True))
+    found = made.result(TOKENS, 1)
+    needle, other = (found.heads[0, head].errors.dropped[64] for head in range(2))
+    assert needle > 0.9 > 0.2 > other
+    assert found.shared[0, 0].errors.dropped[64] == pytest.approx(math.hypot(needle, other) / math.sqrt(2))
+
+
 def test_an_encoder_is_advised_pure_polynomials_or_softmax():
     made = Profiler(WINDOWS, 64, None)
     made.see(Observation(0, *planted(), 1.0, False))

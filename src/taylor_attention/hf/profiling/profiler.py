@@ -159,7 +159,7 @@ class Profiler:
         heads, shared = {}, {}
         for (layer, kv_head), sums in sorted(self._sums.items()):
             group = len(sums["queries"])
-            shared[layer, kv_head] = Head.from_sums({name: each.sum(0) for name, each in sums.items()}, windows)
+            shared[layer, kv_head] = Head.of_group(sums, windows)
             for own in range(group):
                 chosen = {name: each[own] for name, each in sums.items()}
                 heads[layer, kv_head * group + own] = Head.from_sums(chosen, windows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import expect, is_number, shown
 from ..settings import HeadSettings, ModelSettings
-from .statistics import KINDS, Choice, Head, Profile
+from .statistics import KINDS, Choice, Profile
 
 Place = tuple[int, int]
 
@@ -55,11 +55,6 @@ class Recommendation:
         return {"nbytes": self.nbytes, "cache_bytes": self.cache_bytes, "heads": self.count(), "choices": rows}
 
 
-def importance(place: Place, head: Head) -> float:
-    """How much a head's squared relative error counts beside those of others, when they share a budget."""
-    return 1.0
-
-
 def recommend(profile: Profile, *, error: float = 0.1, centred: bool = False) -> Recommendation:
     """Choose for each key/value head what takes the fewest bytes of all whose relative error is at most `error`.
 
@@ -95,12 +90,11 @@ def recommend_within(profile: Profile, budget: float, *, centred: bool = False) 
     """
     expect(is_number(budget) and 0 < budget <= 1, "budget", "a number in (0, 1]", shown(budget))
     paths = {place: hull(profile.choices(place, centred=centred)) for place in profile.shared}
-    weights = {place: importance(place, head) for place, head in profile.shared.items()}
     taken, total = dict.fromkeys(paths, 0), profile.cache_bytes * len(paths)
     left = int(budget * total) - sum(path[0].nbytes for path in paths.values())
     least = (int(budget * total) - left) / total
     expect(left >= 0, "budget", f"at least {least:.3g}, the share that the cheapest choices take", budget)
-    steps = [(-weights[place] * _slope(*path[:2]), place) for place, path in paths.items() if len(path) > 1]
+    steps = [(-_slope(*path[:2]), place) for place, path in paths.items() if len(path) > 1]
     heapq.heapify(steps)
     while steps:
         _, place = heapq.heappop(steps)
@@ -110,7 +104,7 @@ def recommend_within(profile: Profile, budget: float, *, centred: bool = False) 
             continue  # and no later one of this head: the hull's steps are made in order
         left, taken[place] = left - more, at + 1
         if at + 2 < len(path):
-            heapq.heappush(steps, (-weights[place] * _slope(*path[at + 1 : at + 3]), place))
+            heapq.heappush(steps, (-_slope(*path[at + 1 : at + 3]), place))
     choices = {place: path[taken[place]] for place, path in paths.items()}
     return Recommendation(choices, total, profile.centres if centred else None)
 

@@ -63,6 +63,8 @@ class Weight:
 class Errors:
     """Relative errors ||y - softmax|| / ||softmax|| over all queries; NaN: a normaliser was not safely positive.
 
+    Of heads that share keys and values: the root mean square of the heads' errors.
+
     Attributes:
         pure: of polynomials of degree 0, 1, ... for all keys, by reading.
         dropped: of sinks and a window alone, by window.
@@ -93,6 +95,16 @@ class Head:
     errors: Errors
 
     @classmethod
+    def of_group(cls, sums: Sums, windows: Sequence[int]) -> Head:
+        """Make it of sums over queries of heads that share keys and values, [G, ...] each.
+
+        Errors are root mean squares of the heads' own, so that a head of small outputs counts as much as its neighbour.
+        """
+        size = sums["output"]
+        own = {name: each / size.view(-1, *[1] * (each.ndim - 1)) for name, each in sums.items() if _is_error(name)}
+        return cls.from_sums({name: each.sum(0) for name, each in (sums | own).items()}, windows)
+
+    @classmethod
     def from_sums(cls, sums: Sums, windows: Sequence[int]) -> Head:
         """Make it of sums over queries, [...] each."""
         queries = float(sums["queries"])
@@ -116,6 +128,11 @@ class Head:
             for level in LEVELS
         }
         return {**_rounded(asdict(self)), "needed": needed}
+
+
+def _is_error(name: str) -> bool:
+    """Whether a sum is of squared outputs, or of squared distances from them."""
+    return name in ("output", "dropped", "heavy") or name.startswith(("pure_", "far_"))
 
 
 def _errors(sums: Sums, windows: Sequence[int]) -> Errors:
