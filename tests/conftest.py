@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # a model that is not there is not waited for
+
 # The first example of a shape pays for PyTorch's warm-up, so a deadline would fail at random.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from taylor_attention.bench.evidence import pretrained, pretrained_models
 from taylor_attention.bench.evidence.experiment import Finding
 from taylor_attention.bench.evidence.pretrained import EXPERIMENT, measure, plan
-from taylor_attention.bench.evidence.pretrained_shown import BY_HEAD, FAR, LEARNED, SOFTMAX, WINDOW, WINDOW_OF_LEARNED
+from taylor_attention.bench.evidence.pretrained_shown import BY_HEAD, FAR, LEARNED, SOFTMAX, WINDOW
 from taylor_attention.cli.app import app
 
 pytest.importorskip("transformers")
@@ -56,7 +56,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def language(method: str, budget: float | None = 0.5, speech: str = pretrained_models.SPEECHES[0]) -> dict[str, Any]:
+def language(method: str, budget: float | str = 0.5, speech: str = pretrained_models.SPEECHES[0]) -> dict[str, Any]:
     return {"model": "smollm2", "method": method, "budget": budget, "speech": speech, "tokens": TOKENS}
 
 
@@ -66,8 +66,11 @@ def test_the_plan_has_every_method_at_every_budget_that_it_fits(models: Path) ->
     assert names == {SOFTMAX, WINDOW, BY_HEAD, *FAR} - {"window + degree 2, centred"}  # with its 2,145 monomials
     assert len(cases) == len({json.dumps(case) for case in cases})
     assert not set(pretrained_models.SPEECHES) & set(pretrained_models.CALIBRATION)
-    (models / pretrained_models.LEARNED).mkdir()
-    assert {LEARNED, WINDOW_OF_LEARNED} < {case.get("method") for case in plan(False)}
+    for name in ("distilled-8", "distilled-64"):
+        (models / name).mkdir()
+    learned = [(case["budget"], case["method"]) for case in plan(False) if isinstance(case.get("budget"), str)]
+    names = [(name, method) for name in ("distilled-64", "distilled-8") for method in (WINDOW, BY_HEAD, LEARNED)]
+    assert learned == names * len(pretrained_models.SPEECHES)
     assert [case["tokens"] for case in plan(True)] == [1024] * 3
 
 
@@ -118,9 +121,10 @@ def test_the_learned_part_is_read_and_has_a_rival_of_its_bytes(models: Path) -> 
     model, tokenizer = pretrained_models.load("smollm2")
     text = pretrained_models.speech(tokenizer, pretrained_models.CALIBRATION[0], TOKENS)
     settings = with_far_maps(hf.ModelSettings(hf.HeadSettings(32, 4, 0, None)), 2, 3)
-    distill(model, [text], settings, steps=2, queries=8).save(models / pretrained_models.LEARNED)
-    plain, learned = (measure(language(method, None), 0) for method in (WINDOW_OF_LEARNED, LEARNED))
+    distill(model, [text], settings, steps=2, queries=8).save(models / "distilled-32")
+    plain, by_head, learned = (measure(language(each, "distilled-32"), 0) for each in (WINDOW, BY_HEAD, LEARNED))
     assert plain["heads"][0]["window"] > 32
+    assert by_head["bytes"] <= learned["bytes"]
     assert 0.9 * learned["bytes"] < plain["bytes"] <= learned["bytes"]
     assert learned["heads"][0]["far_dim"] == 3
     assert all(far_map(each) is None and key_centre(each) is None for each in attention_layers(model))
@@ -145,10 +149,15 @@ def test_correlation_is_that_of_the_ratings(models: Path) -> None:
     assert pretrained._pearson(3 * torch.stack([angle.cos(), angle.sin()], 1)) == pytest.approx(wanted)
 
 
-def told(method: str, budget: float | None, loss: float | None) -> Finding:
+def told(method: str, budget: float | str, loss: float | None) -> Finding:
     ranges = [] if loss is None else [{"from": 0, "to": 1024, "loss": 1.0}, {"from": 1024, "to": 2048, "loss": loss}]
     heads = [{"count": 90, "window": 60, "heavy": 0, "degree": None, "reading": "taylor", "far_dim": None}]
-    values = {"ranges": ranges, "bytes": int(4e6 * (budget or 0.1)), "heads": heads, "failed": None}
+    values = {
+        "ranges": ranges,
+        "bytes": int(4e6 * (0.1 if isinstance(budget, str) else budget)),
+        "heads": heads,
+        "failed": None,
+    }
     return Finding(language(method, budget), values, 1.0)
 
 
@@ -166,7 +175,7 @@ def test_the_share_of_the_gap_is_told() -> None:
         (told("window + degree 1, fitted", 0.25, 2.5), LOSSES[1], "does not earn its bytes: its loss less that of"),
         (told("window + degree 1, fitted", 0.25, 2.3), LOSSES[1], "earns its bytes: its loss less that of"),
         (told("window + degree 1, centred", 0.25, None), LOSSES[1], "at 25% of the bytes, a normaliser was not"),
-        (told(LEARNED, None, 2.3), told(WINDOW_OF_LEARNED, None, 2.25), "alone of the same bytes is at 10% +0.0500"),
+        (told(LEARNED, "learned", 2.3), told(WINDOW, "learned", 2.25), "alone of the same bytes is at 10% +0.0500"),
     ],
 )
 def test_a_far_part_is_compared_at_its_bytes(far: Finding, rival: Finding, sentence: str) -> None:

@@ -25,7 +25,6 @@ from .pretrained_shown import (
     LEARNED,
     SOFTMAX,
     WINDOW,
-    WINDOW_OF_LEARNED,
     conclusions,
     pictures,
     tables,
@@ -59,8 +58,7 @@ def plan(quick: bool) -> list[Case]:
         far = [name for name, (degree, _) in FAR.items() if _fits(degree, budget)]
         names = [WINDOW, BY_HEAD, *far]
         methods += [{"method": name, "budget": budget} for name in names]
-    if source.learned_folder() is not None:
-        methods += [{"method": name, "budget": None} for name in (WINDOW_OF_LEARNED, LEARNED)]
+    methods += [{"method": name, "budget": each} for each in source.learned() for name in (WINDOW, BY_HEAD, LEARNED)]
     encoder: list[Case] = [{"model": "minilm", "degree": None, "centred": False}]
     encoder += [{"model": "minilm", "degree": degree, "centred": c} for c in (False, True) for degree in DEGREES]
     return [_case(method, name, TOKENS) for name in source.SPEECHES for method in methods] + encoder
@@ -110,15 +108,15 @@ def _keeping(case: Case) -> tuple[ModelSettings | None, list[Tensor] | None, lis
     method, budget, tokens = case["method"], case["budget"], case["tokens"]
     if method == SOFTMAX:
         return None, None, None
-    if method == BY_HEAD:
-        advice = profiling.recommend_within(source.profiled(tokens), budget)
-        return advice.settings, None, None
-    if method in (LEARNED, WINDOW_OF_LEARNED):
-        learned = Distilled.load(source.folder() / source.LEARNED)
+    if isinstance(budget, str):
+        learned = Distilled.load(source.folder() / budget)
         if method == LEARNED:
             return learned.settings, learned.centres, learned.maps
         model, _ = source.load("smollm2")
         budget = _bytes(learned.settings, tokens, model) / _bytes(_softmax(), tokens, model)
+    if method == BY_HEAD:
+        advice = profiling.recommend_within(source.profiled(tokens), budget)
+        return advice.settings, None, None
     degree, reading = FAR.get(method, (None, "taylor"))
     centres = source.key_centres("smollm2", tokens) if method in FAR else None
     return ModelSettings(_widest(HeadSettings(0, SINKS, 0, degree, reading), budget, tokens)), centres, None

@@ -1,8 +1,8 @@
 """The pretrained models and texts of the experiment: from a folder that `make pretrained` fills, or another one.
 
 TAYLOR_MODELS names the folder (runs/models if it is not set): `smollm2` and `minilm` are models as transformers saves
-them, `lee` has Lee's 50 documents and their similarities as people rated them, and `distilled-508`, which may be left
-out, is what `hf.distillation` learned for SmolLM2.
+them, `lee` has Lee's 50 documents and their similarities as people rated them; and each `distilled-...`, which may be
+left out, is what `taylor-attention distill` learned for SmolLM2.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ NEEDED = (
     "lee/lee.cor",
     "lee/similarities0-1.txt",
 )
-LEARNED = "distilled-508"
+LEARNED = "distilled-*"
 
 SPEECHES = ("1825-Adams-1", "1867-Johnson-1", "1902-Roosevelt-1")
 """That are measured on. Nothing was chosen or learned on them."""
 
 CALIBRATION = ("1900-McKinley-1", "1908-Roosevelt-1")
-"""Key centres and windows by head are chosen on these."""
+"""Key centres and windows by head are chosen on these, which `taylor-attention distill` may learn from too."""
 
 DOCUMENTS, MOST = 50, 512
 """Of Lee's corpus; tokens that MiniLM takes."""
@@ -61,10 +61,9 @@ def missing() -> str | None:
     return f"it needs pretrained models: {folder() / absent[0]} is not there (make pretrained, or {VARIABLE})"
 
 
-def learned_folder() -> Path | None:
-    """What was learned for SmolLM2, if it is there."""
-    path = folder() / LEARNED
-    return path if path.is_dir() else None
+def learned() -> list[str]:
+    """The folders of what was learned for SmolLM2, which may be none."""
+    return sorted(path.name for path in folder().glob(LEARNED) if path.is_dir())
 
 
 def load(name: str) -> tuple[Any, Any]:

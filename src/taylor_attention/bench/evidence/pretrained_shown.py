@@ -16,11 +16,11 @@ FAR = {
 }
 """Degree and reading of the far tokens."""
 
-LEARNED, WINDOW_OF_LEARNED = "window + learned far part", "window alone at its bytes"
+LEARNED = "window + learned far part"
 DEGREES = (0, 1, 2, 3, 4)
 
-Method = tuple[str, float | None]
-"""A method with its budget, None: the bytes of the learned far part."""
+Method = tuple[str, float | str]
+"""A method with its budget: a share of the bytes of all keys and values, or the folder of what was learned for them."""
 
 
 class Losses:
@@ -50,7 +50,7 @@ class Losses:
 
     def rival(self, method: Method) -> Method:
         """Sinks and a window at the bytes of a method."""
-        return (WINDOW_OF_LEARNED if method[1] is None else WINDOW), method[1]
+        return WINDOW, method[1]
 
     def closed(self, method: Method) -> float | None:
         """The share of the gap between its rival and softmax that a method closes, over the last range."""
@@ -66,7 +66,7 @@ class Losses:
     def share(self, method: Method) -> float | None:
         """Bytes as a share of those of all keys and values."""
         whole = (SOFTMAX, 1.0)
-        return self.nbytes(method) / self.nbytes(whole) if whole in self.found else method[1]
+        return self.nbytes(method) / self.nbytes(whole) if whole in self.found else None
 
 
 def _loss(finding: Finding, end: int) -> float | None:
@@ -130,7 +130,7 @@ def _kept(losses: Losses) -> Table:
     rows = [(kind, *(str(own.get(kind, 0)) for own in counts.values())) for kind in kinds]
     return Table(
         "Windows by head: how many key/value heads keep what",
-        ("what is kept", *(f"at {_percent(budget)}" for _, budget in chosen)),
+        ("what is kept", *(f"at {_percent(losses.share(method))}" for method in chosen)),
         tuple(rows),
         "Chosen by the profiler within a budget of bytes, on speeches that are not measured on; beside 4 sinks.",
     )
@@ -215,8 +215,9 @@ def _tell_gap(losses: Losses, method: Method) -> str | None:
     if closed is None:
         return None
     own, plain, best = (losses.at(each) for each in (method, losses.rival(method), (SOFTMAX, 1.0)))
+    tokens = losses.found[method][0].case["tokens"]
     return (
-        f"At {_percent(method[1])} of the bytes of {losses.found[method][0].case['tokens']:,} cached tokens, "
+        f"At {_percent(losses.share(method))} of the bytes of {tokens:,} cached tokens, "
         f"windows by head close {_percent(closed)} of the gap between one window for all heads and softmax over the "
         f"last positions: {_digits(own)}, {_digits(plain)}, {_digits(best)} nats per token."
     )

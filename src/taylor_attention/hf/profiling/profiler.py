@@ -21,6 +21,9 @@ SINKS = 4
 
 SMALLEST_WINDOW = 64
 
+TOGETHER = 16
+"""Queries that are measured at once."""
+
 
 def profile(
     model: Any,
@@ -98,19 +101,10 @@ class Profiler:
         self._keys.setdefault(layer.layer, []).append(layer.key.mean(1, dtype=wide_dtype(layer.key.device)))
         for head, (key, value) in enumerate(zip(layer.key, layer.value, strict=True)):
             query = layer.query[head * group : (head + 1) * group]
-            sums, output = measure(
-                _sample(query, key, value, places, layer),
-                sinks=SINKS,
-                windows=self._windows if layer.causal else [0],
-                near=layer.causal,
-                ways=self._ways,
-            )
+            sums, output = self._measure(query, key, value, places, layer)
             if "heavy" in self._ways:
                 sums |= self._heavy(query, key, value, places, layer, output)
-            before = self._sums.get((layer.layer, head))
-            self._sums[layer.layer, head] = (
-                sums if before is None else {name: before[name] + each for name, each in sums.items()}
-            )
+            self._sums[layer.layer, head] = added(self._sums.get((layer.layer, head)), sums)
         self._seen = layer
         if self._notify is not None:
             self._notify()
@@ -121,6 +115,24 @@ class Profiler:
         first = tokens // 2 if layer.causal else 0
         chosen = torch.randperm(tokens - first, generator=torch.Generator().manual_seed(self.seed))
         return (first + chosen[: self._queries].sort().values).to(layer.query.device)
+
+    def _measure(
+        self, query: Tensor, key: Tensor, value: Tensor, places: Tensor, layer: Observation
+    ) -> tuple[Sums, Tensor]:
+        """As `scores.measure`, some queries at a time: those of about the same place have the same parts of keys."""
+        total, outputs = None, []
+        for some in places.split(TOGETHER):
+            sums, output = measure(
+                _sample(query, key, value, some, layer),
+                sinks=SINKS,
+                windows=self._windows if layer.causal else [0],
+                near=layer.causal,
+                ways=self._ways,
+            )
+            total = added(total, sums)
+            outputs.append(output)
+        assert total is not None
+        return total, torch.cat(outputs, 1)
 
     def _heavy(
         self, query: Tensor, key: Tensor, value: Tensor, places: Tensor, layer: Observation, exact: Tensor
@@ -177,6 +189,11 @@ class Profiler:
             shared,
             [torch.stack(self._keys[layer]).mean(0).to(seen.key) for layer in sorted(self._keys)],
         )
+
+
+def added(before: Sums | None, sums: Sums) -> Sums:
+    """Both together."""
+    return sums if before is None else {name: before[name] + each for name, each in sums.items()}
 
 
 def _sample(query: Tensor, key: Tensor, value: Tensor, places: Tensor, layer: Observation) -> Sample:

@@ -31,6 +31,9 @@ WAYS = ("pure", "far", "heavy")
 Sums = dict[str, Tensor]
 """Sums over queries by name, [G, ...] of G query heads."""
 
+Polynomial = tuple[Tensor, Tensor]
+"""[N | Z] but for a factor, [G, n, E], and the factor's logarithm, [G, n]."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -59,9 +62,31 @@ class Sample:
         """The first keys, as far as a query sees them, bool [n, T]."""
         return self.visible & (torch.arange(len(self.key), device=self.key.device) < count)
 
-    def near(self, sinks: int, window: int) -> Tensor:
-        """The first and the latest keys, bool [n, T]."""
-        return self.sinks(sinks) | (self.visible & (self.age >= 0) & (self.age < window))
+    def parts(self, sinks: int, windows: Sequence[int]) -> list[Part]:
+        """All keys but the sinks by age: those that each window lacks of the next one, and what the last one lacks.
+
+        windows: rising, the first 0. Later keys, where a query sees them, are as those beyond the last window.
+        """
+        others, found = self.visible & ~self.sinks(sinks), []
+        age = self.age.masked_fill(self.age < 0, len(self.key))
+        for low, high in zip(windows, (*windows[1:], len(self.key) + 1), strict=True):
+            mask = others & (age >= low) & (age < high)
+            some = mask.any(0).nonzero()
+            keys = slice(int(some[0]), int(some[-1]) + 1) if len(some) else slice(0)
+            found.append(Part(keys, mask[:, keys]))
+        return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the keys of a sample: a slice, and which of it each query has, bool [n, of the slice]."""
+
+    keys: slice
+    mask: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """Those of x [G, n, T], 0 elsewhere."""
+        return x[..., self.keys] * self.mask
 
 
 @torch.no_grad()
@@ -80,10 +105,11 @@ def measure(
     shift = sample.scale * (sample.query @ sample.key.mean(0))  # [G, n], what the mean key adds to a query's scores
     weights = scores.masked_fill(~sample.visible, -torch.inf).softmax(-1)
     output = weights @ sample.value
-    found = _spreads(scores, shift, sample.visible) | _weights(weights, sample, sinks, windows)
+    parts = sample.parts(sinks, windows)
+    found = _spreads(scores, shift, sample.visible) | _weights(weights, sample, sinks, parts)
     with watch_normalisers():  # queries without a safe normaliser are rows of NaN, and show as errors of NaN
         errors = [_pure(scores, shift, sample)] if "pure" in ways else []
-        errors += [_near(scores, shift, sample, sinks, windows, far="far" in ways)] if near else []
+        errors += [_near(scores, shift, weights, sample, sinks, parts, far="far" in ways)] if near else []
     for each in errors:
         found |= {name: error_sums(outputs, output) for name, outputs in each.items()}
     return found | {"output": _squared(output)}, output
@@ -115,22 +141,25 @@ def _spreads(scores: Tensor, shift: Tensor, visible: Tensor) -> Sums:
     }
 
 
-def _weights(weights: Tensor, sample: Sample, sinks: int, windows: Sequence[int]) -> Sums:
-    """Softmax's weight on sinks, and for each window on its other tokens, on the far ones, on the top ones of these."""
+def _weights(weights: Tensor, sample: Sample, sinks: int, parts: Sequence[Part]) -> Sums:
+    """Softmax's weight on sinks, and for each window on the keys beyond it, and on the top ones of these."""
     first = weights.masked_fill(~sample.sinks(sinks), 0).sum((-1, -2))
     far, tops = [], []
-    for window in windows:
-        rest = weights.masked_fill(sample.near(sinks, window), 0)  # [G, n, T]
-        largest = rest.topk(min(max(TOPS), rest.shape[-1])).values
-        far.append(rest.sum((-1, -2)))
+    total, largest = torch.zeros_like(first), weights.new_zeros(*weights.shape[:2], max(TOPS))
+    for part in reversed(parts):
+        own = part.of(weights)
+        total = total + own.sum((-1, -2))
+        largest = torch.cat([largest, own.topk(min(max(TOPS), own.shape[-1])).values], -1).topk(max(TOPS)).values
+        far.append(total)
         tops.append(torch.stack([largest[..., :top].sum((-1, -2)) for top in TOPS], -1))
-    return {"sinks": first, "far": torch.stack(far, -1), "tops": torch.stack(tops, -2)}
+    return {"sinks": first, "far": torch.stack(far[::-1], -1), "tops": torch.stack(tops[::-1], -2)}
 
 
 def _pure(scores: Tensor, shift: Tensor, sample: Sample) -> dict[str, Tensor]:
     """Outputs of polynomials of degree 0, 1, ... for all keys, [G, PURE_DEGREE + 1, n, dv], by reading."""
     count = sample.visible.sum(-1).to(scores.dtype).expand(scores.shape[:2])
-    polynomials = _polynomials(scores, shift, sample.visible, sample.columns, PURE_DEGREE)
+    given = sample.visible, sample.columns, PURE_DEGREE
+    polynomials = _polynomials(_powers(scores, *given), _powers(scores - shift[..., None], *given))
     return {
         f"pure_{name}": torch.stack([divide_checked(out, count, 1.0) for out, _ in each], 1)
         for name, each in polynomials.items()
@@ -138,47 +167,61 @@ def _pure(scores: Tensor, shift: Tensor, sample: Sample) -> dict[str, Tensor]:
 
 
 def _near(
-    scores: Tensor, shift: Tensor, sample: Sample, sinks: int, windows: Sequence[int], *, far: bool
+    scores: Tensor, shift: Tensor, weights: Tensor, sample: Sample, sinks: int, parts: Sequence[Part], *, far: bool
 ) -> dict[str, Tensor]:
     """Outputs with exact sinks and windows, far keys dropped [G, W, n, dv] or read [G, W, FAR_DEGREE + 1, n, dv]."""
-    found: dict[str, list[Tensor]] = {}
-    for window in windows:
-        exact = sample.near(sinks, window)
-        near, top = _exact(scores, exact, sample.columns)
-        found.setdefault("dropped", []).append(divide(near, near[..., -1] == 0))
-        rest = sample.visible & ~exact
-        polynomials = _polynomials(scores, shift, rest, sample.columns, FAR_DEGREE) if far else {}
-        for name, each in polynomials.items():
-            own = top - shift if name == "centred" else top  # near and far scores are less by the same
-            outs = [join(near, own, out, factor)[0] for out, factor in each]
-            found.setdefault(f"far_{name}", []).append(torch.stack([divide(out, out[..., -1] == 0) for out in outs], 1))
-    return {name: torch.stack(each, 1) for name, each in found.items()}
+    columns, found = sample.columns, []
+    near = weights[..., :sinks] * sample.visible[:, :sinks] @ columns[:sinks]
+    for part in parts:  # the window is all parts before this one
+        found.append(near)
+        near = near + part.of(weights) @ columns[part.keys]
+    outputs = {"dropped": torch.stack([divide(near, near[..., -1] == 0) for near in found], 1)}
+    if not far:
+        return outputs
+    top = scores.masked_fill(~sample.visible, -torch.inf).logsumexp(-1)  # of which weights are exp(score - top)
+    for name, polynomials in _far(scores, shift, columns, parts).items():
+        own = top - shift if name == "centred" else top  # near and far scores are less by the same
+        read = [
+            torch.stack([divide(out, out[..., -1] == 0) for out in (join(near, own, *each)[0] for each in window)], 1)
+            for near, window in zip(found, polynomials, strict=True)
+        ]
+        outputs[f"far_{name}"] = torch.stack(read, 1)
+    return outputs
 
 
-def _exact(scores: Tensor, exact: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """[N | Z] exp(-top) [G, n, E] of some keys' true weights, and top [G, n]."""
-    shown = scores.masked_fill(~exact, -torch.inf)
-    top = shown.amax(-1)
-    top = torch.where(top == -torch.inf, 0, top)
-    return (shown - top[..., None]).exp() @ columns, top
+def _far(scores: Tensor, shift: Tensor, columns: Tensor, parts: Sequence[Part]) -> dict[str, list[list[Polynomial]]]:
+    """What polynomials of degree 0, 1, ... make of the keys beyond each window, by reading."""
+    plain, centred = _none(scores, columns), _none(scores, columns)
+    found: dict[str, list[list[Polynomial]]] = {name: [] for name in READINGS}
+    for part in reversed(parts):
+        own = scores[..., part.keys]
+        plain = _add(plain, _powers(own, part.mask, columns[part.keys], FAR_DEGREE))
+        centred = _add(centred, _powers(own - shift[..., None], part.mask, columns[part.keys], FAR_DEGREE))
+        for name, each in _polynomials(plain, centred).items():
+            found[name].insert(0, each)
+    return found
 
 
-def _polynomials(
-    scores: Tensor, shift: Tensor, far: Tensor, columns: Tensor, degree: int
-) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """[N | Z] but for a factor, and its logarithm, of degree 0, 1, ... for the far keys, by reading."""
-    powers = _powers(scores, far, columns, degree)
-    centred = _powers(scores - shift[..., None], far, columns, degree)
+def _none(scores: Tensor, columns: Tensor) -> list[Tensor]:
+    return [scores.new_zeros(*scores.shape[:2], columns.shape[1])] * (FAR_DEGREE + 1)
+
+
+def _add(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(one, other, strict=True)]
+
+
+def _polynomials(powers: Sequence[Tensor], centred: Sequence[Tensor]) -> dict[str, list[Polynomial]]:
+    """What polynomials of degree 0, 1, ... make of powers, and of those about the mean key's score, by reading."""
     return {
         "taylor": _taylor(powers),
         "centred": _taylor(centred),
-        "fitted": [fit(powers[: highest + 1]) for highest in range(degree + 1)],
+        "fitted": [fit(powers[: highest + 1]) for highest in range(len(powers))],
     }
 
 
-def _powers(scores: Tensor, far: Tensor, columns: Tensor, degree: int) -> list[Tensor]:
-    """P_0 .. P_D of the far keys, [G, n, E] each."""
-    power = far.to(scores.dtype).expand_as(scores)
+def _powers(scores: Tensor, some: Tensor, columns: Tensor, degree: int) -> list[Tensor]:
+    """P_0 .. P_D of some keys, bool [n, T], [G, n, E] each."""
+    power = some.to(scores.dtype).expand_as(scores)
     found = [power @ columns]
     for _ in range(degree):
         power = power * scores
@@ -186,7 +229,7 @@ def _powers(scores: Tensor, far: Tensor, columns: Tensor, degree: int) -> list[T
     return found
 
 
-def _taylor(powers: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _taylor(powers: Sequence[Tensor]) -> list[Polynomial]:
     """exp's series cut at each degree."""
     total, found = torch.zeros_like(powers[0]), []
     for coefficient, power in zip(EXP.coefficients(len(powers) - 1), powers, strict=True):

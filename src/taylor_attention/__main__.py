@@ -1,0 +1,6 @@
+"""`python -m taylor_attention`: the command line."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()
