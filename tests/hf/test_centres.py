@@ -107,7 +107,7 @@ def test_they_live_in_a_file(tmp_path):
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "centres.safetensors"
     write_tensors(path, {"7": torch.zeros(2, 8)}, kind="key-centres", metadata={})
-    with pytest.raises(StorageError, match=r"expected tensors named 0 to 0, got \['7'\]"):
+    with pytest.raises(StorageError, match=r"expected key_centre of each layer, got \['7'\]"):
         hf.load_key_centres(path)
     with pytest.raises(StorageError, match="cannot be read"):
         hf.set_key_centres(causal_model(), tmp_path / "none")

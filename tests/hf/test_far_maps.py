@@ -160,5 +160,5 @@ def test_settings_that_make_no_sense_are_refused(options, name):
 
 def test_another_file_is_refused(tmp_path):
     write_tensors(tmp_path / "maps", {"0.gain": torch.zeros(4)}, kind="far-maps", metadata={})
-    with pytest.raises(StorageError, match="expected three tensors for each layer"):
+    with pytest.raises(StorageError, match="expected query_map, key_map, gain of each layer"):
         hf.load_far_maps(tmp_path / "maps")

@@ -12,12 +12,12 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.storage import read_tensors, write_tensors
-from ..errors import StorageError, expect, shown
-from .models import attention_layers, sizes_of, text_config
+from ..errors import expect, shown
+from . import layer_tensors
+from .models import sizes_of, text_config
 
 KIND = "key-centres"
-_BUFFER = "taylor_attention_key_centre"
+_NAME = "key_centre"
 
 
 def set_key_centres(model: PreTrainedModel, centres: Sequence[Tensor] | str | Path | None) -> None:
@@ -34,25 +34,20 @@ def set_key_centres(model: PreTrainedModel, centres: Sequence[Tensor] | str | Pa
         ArgumentError: these are no such tensors.
         StorageError: the file cannot be read, or holds something else.
     """
-    modules = attention_layers(model)
     if centres is None:
-        for module in modules:
-            module._buffers.pop(_BUFFER, None)
-        return
+        return layer_tensors.put(model, [_NAME], None)
     found = load_key_centres(centres) if isinstance(centres, str | Path) else centres
     sizes = sizes_of(text_config(model))
     good = isinstance(found, Sequence) and len(found) == sizes.layers
     expect(good, "centres", f"a tensor for each of {sizes.layers} layers", shown(found))
     for index, centre in enumerate(found):
         _check_centre(index, centre, (sizes.kv_heads, sizes.head_dim))
-    for module, centre in zip(modules, found, strict=True):
-        place = next(module.parameters()).device
-        module.register_buffer(_BUFFER, centre.detach().to(place, copy=True), persistent=False)
+    return layer_tensors.put(model, [_NAME], [{_NAME: centre} for centre in found])
 
 
 def key_centre(module: nn.Module) -> Tensor | None:
     """What an attention layer subtracts from its keys, [kv_heads, head_dim]; None: nothing."""
-    return module._buffers.get(_BUFFER)
+    return layer_tensors.get(module, _NAME)
 
 
 def save_key_centres(path: str | Path, centres: Sequence[Tensor]) -> None:
@@ -66,16 +61,12 @@ def save_key_centres(path: str | Path, centres: Sequence[Tensor]) -> None:
     expect(good, "centres", "a tensor for each layer", shown(centres))
     for index, centre in enumerate(centres):
         _check_centre(index, centre, tuple(centres[0].shape))
-    write_tensors(path, {str(index): centre for index, centre in enumerate(centres)}, kind=KIND, metadata={})
+    layer_tensors.write(path, KIND, [{_NAME: centre} for centre in centres])
 
 
 def load_key_centres(path: str | Path) -> list[Tensor]:
     """Read what `save_key_centres` wrote; StorageError if it cannot be read or is something else."""
-    tensors, _ = read_tensors(path, kind=KIND)
-    names = [str(index) for index in range(len(tensors))]
-    if set(tensors) != set(names):
-        raise StorageError(f"{path}: expected tensors named 0 to {len(names) - 1}, got {sorted(tensors)}")
-    return [tensors[name] for name in names]
+    return [each[_NAME] for each in layer_tensors.read(path, KIND, [_NAME])]
 
 
 def _check_centre(index: int, centre: Tensor, shape: tuple[int, ...]) -> None:

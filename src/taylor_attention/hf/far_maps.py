@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.storage import read_tensors, write_tensors
-from ..errors import StorageError, expect, shown
-from .models import Sizes, attention_layers, sizes_of, text_config
+from ..errors import expect, shown
+from . import layer_tensors
+from .models import Sizes, sizes_of, text_config
 
 KIND = "far-maps"
-_PREFIX = "taylor_attention_far_"
 
 
 class FarMap(NamedTuple):
@@ -59,27 +58,20 @@ def set_far_maps(model: PreTrainedModel, maps: Sequence[FarMap] | str | Path | N
         ArgumentError: these are no such maps.
         StorageError: the file cannot be read, or holds something else.
     """
-    modules = attention_layers(model)
     if maps is None:
-        for module in modules:
-            for name in FarMap._fields:
-                module._buffers.pop(_PREFIX + name, None)
-        return
+        return layer_tensors.put(model, FarMap._fields, None)
     found = load_far_maps(maps) if isinstance(maps, str | Path) else maps
     sizes = sizes_of(text_config(model))
     good = isinstance(found, Sequence) and len(found) == sizes.layers
     expect(good, "maps", f"one for each of {sizes.layers} layers", shown(found))
     for index, each in enumerate(found):
         _check(index, each, sizes)
-    for module, each in zip(modules, found, strict=True):
-        place = next(module.parameters()).device
-        for name, tensor in each._asdict().items():
-            module.register_buffer(_PREFIX + name, tensor.detach().to(place, copy=True), persistent=False)
+    return layer_tensors.put(model, FarMap._fields, [each._asdict() for each in found])
 
 
 def far_map(module: nn.Module) -> FarMap | None:
     """By what an attention layer reads far tokens; None: by its own queries and keys."""
-    found = [module._buffers.get(_PREFIX + name) for name in FarMap._fields]
+    found = [layer_tensors.get(module, name) for name in FarMap._fields]
     present = [x for x in found if x is not None]
     return FarMap(*present) if present else None
 
@@ -95,18 +87,12 @@ def save_far_maps(path: str | Path, maps: Sequence[FarMap]) -> None:
     expect(good, "maps", "a FarMap for each layer", shown(maps))
     for index, each in enumerate(maps):
         _check(index, each, None)
-    tensors = {f"{index}.{name}": x for index, each in enumerate(maps) for name, x in each._asdict().items()}
-    write_tensors(path, {name: x.detach().contiguous() for name, x in tensors.items()}, kind=KIND, metadata={})
+    layer_tensors.write(path, KIND, [each._asdict() for each in maps])
 
 
 def load_far_maps(path: str | Path) -> list[FarMap]:
     """Read what `save_far_maps` wrote; StorageError if it cannot be read or is something else."""
-    tensors, _ = read_tensors(path, kind=KIND)
-    layers = len(tensors) // len(FarMap._fields)
-    names = {f"{index}.{name}" for index in range(layers) for name in FarMap._fields}
-    if set(tensors) != names:
-        raise StorageError(f"{path}: expected three tensors for each layer, got {sorted(tensors)[:6]}")
-    return [FarMap(*(tensors[f"{index}.{name}"] for name in FarMap._fields)) for index in range(layers)]
+    return [FarMap(**each) for each in layer_tensors.read(path, KIND, FarMap._fields)]
 
 
 def _check(index: int, each: FarMap, sizes: Sizes | None) -> None:
