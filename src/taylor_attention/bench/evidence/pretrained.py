@@ -40,8 +40,6 @@ RANGES = ((0, 1024), (1024, 2048), (2048, 4096), (4096, 8192))
 BUDGETS = (0.25, 0.125)
 """Bytes, as shares of those of all keys and values at the end of the text."""
 
-SINKS = 4
-
 HEAD_DIM = 64
 """Of SmolLM2."""
 
@@ -66,7 +64,7 @@ def plan(quick: bool) -> list[Case]:
 
 def _fits(degree: int, budget: float) -> bool:
     """Whether moments of a head of SmolLM2 take no more than a share of the bytes of its keys and values."""
-    state = State.zeros(1, 1, HEAD_DIM, HEAD_DIM, degree=degree, sinks=SINKS, dtype=torch.float32, device="meta")
+    state = State.zeros(1, 1, HEAD_DIM, HEAD_DIM, degree=degree, sinks=source.SINKS, dtype=torch.float32, device="meta")
     return state.nbytes <= budget * cache_size(TOKENS, HEAD_DIM) * torch.float32.itemsize
 
 
@@ -119,7 +117,7 @@ def _keeping(case: Case) -> tuple[ModelSettings | None, list[Tensor] | None, lis
         return advice.settings, None, None
     degree, reading = FAR.get(method, (None, "taylor"))
     centres = source.key_centres("smollm2", tokens) if method in FAR else None
-    return ModelSettings(_widest(HeadSettings(0, SINKS, 0, degree, reading), budget, tokens)), centres, None
+    return ModelSettings(_widest(HeadSettings(0, source.SINKS, 0, degree, reading), budget, tokens)), centres, None
 
 
 def _widest(settings: HeadSettings, budget: float, tokens: int) -> HeadSettings:

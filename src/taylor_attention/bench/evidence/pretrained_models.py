@@ -41,6 +41,9 @@ SPEECHES = ("1825-Adams-1", "1867-Johnson-1", "1902-Roosevelt-1")
 CALIBRATION = ("1900-McKinley-1", "1908-Roosevelt-1")
 """Key centres and windows by head are chosen on these, which `taylor-attention distill` may learn from too."""
 
+SINKS = 4
+"""First tokens that are kept beside every window."""
+
 DOCUMENTS, MOST = 50, 512
 """Of Lee's corpus; tokens that MiniLM takes."""
 
@@ -100,9 +103,9 @@ def _profiled(_: Path, tokens: int) -> Profile:
     from ...hf import profiling
 
     model, tokenizer = load("smollm2")
-    windows = [2**n - 4 for n in range(6, 13) if 2**n < tokens]
+    sizes = sorted(m << n for n in range(4, 12) for m in (2, 3) if m << n < tokens)
     texts = [speech(tokenizer, name, tokens) for name in CALIBRATION]
-    return profiling.profile(model, texts, queries=256, windows=windows, ways=())
+    return profiling.profile(model, texts, queries=256, windows=[size - SINKS for size in sizes], ways=())
 
 
 def key_centres(name: str, tokens: int) -> list[Tensor]:
