@@ -78,7 +78,7 @@ def _percent(share: float | None) -> str:
 
 
 def _digits(value: float | None, absent: str = "failed") -> str:
-    return absent if value is None else f"{value:.3f}"
+    return absent if value is None else f"{value:.4f}"
 
 
 def tables(findings: Findings) -> list[Table]:
