@@ -38,8 +38,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "far gain": {"far_gain": True, "window": 4, "sinks": 2, "num_kv_heads": 2, "decay": "token"},
     "far gain, fitted": {"far_gain": True, "window": 3, "reading": "fitted"},
 }
-SPREAD = {"key_center": 0.3, "far_log_gain": 1.0, "conv.weight": 0.6}
-TAYLORS = ("degree", "window", "sinks", "reading", "center_keys", "far_gain")
+# whose far scores softmax has not
+APART: dict[str, dict[str, Any]] = {
+    "near rope": {"rope": "near", "window": 4, "sinks": 2, "decay": "token", "num_kv_heads": 2},
+    "near rope, far keys": {"rope": "near", "far_dim": 3, "window": 3, "num_kv_heads": 2, "conv": 3, "far_gain": True},
+    "far keys, fitted": {"far_dim": 2, "window": 4, "decay": "head", "reading": "fitted", "center_keys": True},
+}
+SPREAD = {"key_center": 0.3, "far_log_gain": 1.0, "conv.weight": 0.6, "far_query_map": 0.7, "far_key_map": 0.7}
+TAYLORS = ("degree", "window", "sinks", "reading", "center_keys", "far_gain", "far_dim")
 
 
 def build(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> Attention:
@@ -65,9 +71,9 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=OPTIONS)
+@pytest.fixture(params=OPTIONS | APART)
 def layer(kind: str, request: pytest.FixtureRequest) -> Attention:
-    return build(kind, **OPTIONS[request.param])
+    return build(kind, **(OPTIONS | APART)[request.param])
 
 
 @pytest.mark.parametrize("cuts", [[1], [12], [5, 6], list(range(1, T))])
@@ -172,6 +178,62 @@ def test_a_long_series_is_softmax(options: dict[str, Any]):
     assert relative_error(coarse(x), softmax(x)) > 1e-5  # so the agreement above is no accident of tiny scores
 
 
+def score(layer: Attention, x: Tensor, rope: bool) -> tuple[Tensor, Tensor]:
+    """Queries and keys [B, 4, T, d] of a layer of 4 heads, rotated or not."""
+    found = []
+    for project, norm in ((layer.query, layer.query_norm), (layer.key, layer.key_norm)):
+        heads = norm(project(x).unflatten(-1, (-1, 4)).transpose(1, 2))
+        angles = torch.arange(T, dtype=torch.float64)[:, None] * 10000.0 ** -torch.tensor([0, 0.5], dtype=torch.float64)
+        pairs = torch.complex(heads[..., :2], heads[..., 2:]) * torch.polar(torch.ones_like(angles), angles * rope)
+        found.append(torch.cat((pairs.real, pairs.imag), -1).repeat_interleave(4 // heads.shape[1], 1))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("far_dim", [None, 1, 3, 4])
+@pytest.mark.parametrize("rope", [True, False, "near"])
+def test_near_and_far_scores_are_these(rope: bool | str, far_dim: int | None):
+    layer, x = build("taylor", rope=rope, far_dim=far_dim, window=3, num_kv_heads=2, degree=2), random(B, T, D_MODEL)
+    query, key = score(layer, x, bool(rope))
+    near = layer.scale * query @ key.mT
+    query, key = score(layer, x, rope is True)
+    if far_dim is not None:
+        query, key = query @ layer.far_query_map, key @ layer.far_key_map.repeat_interleave(2, 0)
+    far = layer.scale * query @ key.mT
+    ages = torch.arange(T)[:, None] - torch.arange(T)
+    weights = torch.where(ages < 3, near.exp(), 1 + far + far**2 / 2).masked_fill(ages < 0, 0)
+    value = layer.value(x).unflatten(-1, (2, 4)).transpose(1, 2).repeat_interleave(2, 1)
+    mixed = weights / weights.sum(-1, keepdim=True) @ value
+    assert relative_error(layer(x), layer.output(mixed.transpose(1, 2).flatten(2))) < TIGHT
+
+
+def test_where_all_is_near_near_positions_are_softmaxs():
+    x = random(B, T, D_MODEL)
+    taylor, softmax = build("taylor", rope="near", window=T), build("softmax", rope="near")
+    assert relative_error(taylor(x), softmax(x)) < TIGHT
+    assert torch.equal(softmax(x), build("softmax", rope=True)(x))
+
+
+def test_far_maps_start_as_the_first_entries():
+    """With as many entries as the head has they change nothing; with fewer, scores are as large on average."""
+    x, options = torch.randn(B, T, D_MODEL), {"head_dim": 4, "window": 3}
+    whole, plain = TaylorAttention(D_MODEL, 4, 2, far_dim=4, **options), TaylorAttention(D_MODEL, 4, 2, **options)
+    assert whole.state_dict().keys() - plain.state_dict().keys() == {"far_query_map", "far_key_map"}
+    plain.load_state_dict({name: w for name, w in whole.state_dict().items() if "far_" not in name})
+    assert relative_error(whole(x), plain(x)) < TOLERANCE[torch.float32]
+    half = TaylorAttention(D_MODEL, 4, 2, far_dim=1, **options)
+    product = half.far_query_map @ half.far_key_map.repeat_interleave(2, 0).mT
+    assert relative_error(product, 2 * (torch.eye(4, 1) @ torch.eye(1, 4)).expand(4, 4, 4)) < TOLERANCE[torch.float32]
+
+
+def test_far_keys_belong_to_the_state_and_to_taylor_layers():
+    layer, plain = (build("taylor", rope=rope, window=3) for rope in ("near", True))
+    assert (layer.new_state(B).far_dim, plain.new_state(B).far_dim) == (4, None)
+    with pytest.raises(ArgumentError, match=r"state: expected \(degree, .*, far_dim, scale\) = \(2, 3, 0, 0, 4, 0.5\)"):
+        layer(random(B, T, D_MODEL), state=plain.new_state(B))
+    with pytest.raises(TypeError, match="far_dim"):
+        SoftmaxAttention(D_MODEL, 2, 1, far_dim=3)
+
+
 def test_bidirectional_layers_see_everything(kind: str):
     layer = build(kind, causal=False, num_kv_heads=2)
     x = random(B, T, D_MODEL)
@@ -214,9 +276,13 @@ def test_first_scores_are_modest(kind: str):
     assert scores.abs().max().item() <= 4.001  # sqrt(head_dim): a cosine at temperature 1
 
 
-@pytest.mark.parametrize("decay", [None, "head", "token"])
-def test_compiles_whole_and_trains_the_same(kind: str, decay: str | None):
-    layer = build(kind, torch.float32, decay=decay, num_kv_heads=2)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"decay": "head"}, {"decay": "token"}, {"rope": "near", "far_dim": 3, "window": 4}],
+    ids=str,
+)
+def test_compiles_whole_and_trains_the_same(kind: str, options: dict[str, Any]):
+    layer = build(kind, torch.float32, num_kv_heads=2, **options)
     x = torch.randn(B, T, D_MODEL)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     expected, got = [], []
@@ -335,6 +401,24 @@ def test_autocast_keeps_the_keys_dtype():
         ({"reading": "exact"}, "reading: expected one of ('taylor', 'fitted'), got 'exact'"),
         ({"reading": "fitted", "causal": False}, "causal: expected True with reading='fitted', got False"),
         ({"center_keys": 1}, "center_keys: expected a bool, got 1"),
+        ({"rope": "far"}, "rope: expected True, False or 'near', got 'far'"),
+        ({"rope": 1}, "rope: expected True, False or 'near', got 1"),
+        ({"rope": "near"}, "rope: expected True or False without a degree, or without a window or sinks, got 'near'"),
+        (
+            {"rope": "near", "window": 3, "degree": None},
+            "rope: expected True or False without a degree, or without a window or sinks, got 'near'",
+        ),
+        ({"rope": "near", "window": 3, "head_dim": 3}, "head_dim: expected an even size, as rope rotates pairs, got 3"),
+        (
+            {"rope": "near", "window": 3, "center_keys": True},
+            "center_keys: expected False with rope='near', where it would move far scores alone, got True",
+        ),
+        ({"far_dim": 0, "window": 3}, "far_dim: expected an int >= 1, got 0"),
+        ({"far_dim": 2}, "far_dim: expected None without a window or sinks, where all keys are far, got 2"),
+        (
+            {"far_dim": 2, "window": 3, "degree": None},
+            "far_dim: expected None without a degree, where nothing is far, got 2",
+        ),
         ({"far_gain": 0.5, "window": 3}, "far_gain: expected a bool, got 0.5"),
         ({"far_gain": True}, "far_gain: expected False without a degree, or without a window or sinks, got True"),
         (

@@ -58,6 +58,8 @@ def test_any_split_is_one_forward(attention: str, decay: str | None, cuts: list[
         {"center_keys": True},
         {"far_gain": True, "window": 3},
         {"far_gain": True, "sinks": 2, "reading": "fitted"},
+        {"rope": "near", "window": 3},
+        {"rope": "near", "far_dim": 2, "window": 3},
     ],
     ids=str,
 )
@@ -68,6 +70,8 @@ def test_how_scores_are_read_is_passed_to_all_layers(options: dict[str, Any]):
         assert (block.attention.key_center is not None) == options.get("center_keys", False)
         assert (block.attention.conv is not None) == ("conv" in options)
         assert (block.attention.far_log_gain is not None) == options.get("far_gain", False)
+        assert block.attention.rope == options.get("rope", True)
+        assert (block.attention.far_key_map is not None) == ("far_dim" in options)
     for name, weight in model.named_parameters():
         if name.endswith(("far_log_gain", "conv.weight")):
             torch.nn.init.normal_(weight)
@@ -90,9 +94,9 @@ def test_left_padding_changes_nothing(attention: str, conv: int):
     assert relative_error(model.decode_(following, states), expected) < TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize("conv", [0, 3])
-def test_states_go_through_their_tensors(attention: str, conv: int):
-    model, tokens = build(attention, conv=conv), text(2, 9)
+@pytest.mark.parametrize("options", [{}, {"conv": 3}, {"rope": "near", "far_dim": 2, "window": 3}], ids=str)
+def test_states_go_through_their_tensors(attention: str, options: dict[str, Any]):
+    model, tokens = build(attention, **options), text(2, 9)
     states = model.new_states(2)
     model.decode_(tokens, states)
     stored = [
@@ -163,7 +167,9 @@ def test_compiles_whole(attention: str):
 
 
 def test_configuration_goes_through_a_dictionary():
-    config = ModelConfig(attention="softmax", num_kv_heads=4, decay=None, value_dim=8, reading="fitted", conv=4)
+    config = ModelConfig(
+        num_kv_heads=4, decay=None, value_dim=8, reading="fitted", conv=4, rope="near", window=3, far_dim=2
+    )
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
@@ -179,6 +185,10 @@ def test_configuration_goes_through_a_dictionary():
         ({"center_keys": "yes"}, "center_keys: expected a bool, got 'yes'"),
         ({"far_gain": "yes"}, "far_gain: expected a bool, got 'yes'"),
         ({"far_gain": True}, "far_gain: expected False without a degree, or without a window or sinks, got True"),
+        ({"rope": "far"}, "rope: expected True, False or 'near', got 'far'"),
+        ({"rope": "near"}, "rope: expected True or False without a degree, or without a window or sinks, got 'near'"),
+        ({"rope": "near", "window": 3, "center_keys": True}, "center_keys: expected False with rope='near'"),
+        ({"far_dim": 2}, "far_dim: expected None without a window or sinks, where all keys are far, got 2"),
         ({"conv": 1.5}, "conv: expected 0 or an int >= 2, got 1.5"),
         ({"decay": "yes"}, "decay: expected None, 'head' or 'token', got 'yes'"),
         ({"mlp_ratio": 0}, "mlp_ratio: expected a number > 0, got 0"),

@@ -214,7 +214,14 @@ LAYER = {
     "head_dim": "size or None",
     "value_dim": "size or None",
 }
-TAYLOR = {"degree": "degree", **NEAR, "reading": "choice", "center_keys": "flag", "far_gain": "flag"}
+TAYLOR = {
+    "degree": "degree",
+    **NEAR,
+    "reading": "choice",
+    "center_keys": "flag",
+    "far_gain": "flag",
+    "far_dim": "size or None",
+}
 OTHERS = {"conv": "width or 0", "qk_norm": "flag", "rope": "flag", "rope_base": "number > 0", "decay": "choice or None"}
 SAMPLING = {"temperature": "number >= 0", "top_k": "size or None", "top_p": "share or None"}
 STEPS = {"x": "floats", "state": "state or None", "return_state": "flag", "key_padding_mask": "mask or None"}

@@ -24,6 +24,8 @@ from .console import degree_option, emit_json, err, json_option, out, progress_b
 _MODEL_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingConfig)} | _MODEL_DEFAULTS
 
+_ROPE = {"all": True, "near": "near", "none": False}
+
 
 def _setting(flag: str, field: str, help: str, **options: Any) -> Callable[[Any], Any]:
     """An option for one field of the settings, with the field's own default."""
@@ -43,11 +45,15 @@ def _setting(flag: str, field: str, help: str, **options: Any) -> Callable[[Any]
 @_setting("--heavy", "heavy", "Weightiest tokens that are, beside these.")
 @_setting("--reading", "reading", "How all other scores are read.", type=click.Choice(READINGS))
 @_setting("--far-gain", "far_gain", "Learn a factor per head on these others' weights.", is_flag=True)
+@_setting("--far-dim", "far_dim", "Entries of learned keys for these others [--head-dim].", type=int)
 @_setting("--layers", "num_layers", "Blocks.")
 @_setting("--width", "d_model", "Width of the residual stream.")
 @_setting("--heads", "num_heads", "Query heads.")
 @_setting("--kv-heads", "num_kv_heads", "Key/value heads, a divisor of --heads [--heads].", type=int)
 @_setting("--head-dim", "head_dim", "Entries of a query or key [--width / --heads].", type=int)
+@click.option(
+    "--rope", type=click.Choice(list(_ROPE)), default="all", show_default=True, help="Tokens scored by positions."
+)
 @_setting("--decay", "decay", "Forgetting.", type=click.Choice(["none", "head", "token"]))
 @_setting("--conv", "conv", "Width of a short convolution before the heads, or 0.")
 @_setting("--steps", "steps", "Optimiser steps.")
@@ -89,6 +95,8 @@ def _configure(base: TrainingConfig, context: click.Context, text: tuple[str, ..
     }
     if given.get("decay") == "none":
         given["decay"] = None
+    if "rope" in given:
+        given["rope"] = _ROPE[given["rope"]]
     shape = {name: given.pop(name) for name in _MODEL_DEFAULTS.keys() & given.keys()}
     model = dataclasses.replace(base.model, **shape)
     return dataclasses.replace(base, **{**given, "model": model, "data": text or base.data, "out": out})

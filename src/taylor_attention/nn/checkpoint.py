@@ -74,7 +74,8 @@ def load_checkpoint(
 def _check_size(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """Raise `ValueError` for a configuration of more than what is there, before a model is made that memory lacks."""
     heads, width, key_dim, value_dim = config.num_heads, config.d_model, config.head_dim, config.value_dim
-    kv_heads, key_dim, value_dim = resolve_sizes(width, heads, config.num_kv_heads, key_dim, value_dim, config.rope)
+    sizes = width, heads, config.num_kv_heads, key_dim, value_dim, bool(config.rope)
+    kv_heads, key_dim, value_dim = resolve_sizes(*sizes)
     block = width * ((heads + kv_heads) * (key_dim + value_dim) + 2 * int(config.mlp_ratio * width))
     matrices = config.vocab_size * width + config.num_layers * block
     there = sum(tensor.numel() for tensor in tensors.values())

@@ -26,6 +26,8 @@ class Heads(NamedTuple):
     value: Tensor  # [B, Hkv, T, d_V]
     log_decay: Tensor | None  # [B, Hkv, T], <= 0
     key_padding_mask: Tensor | None  # bool [B, T], True = attend
+    still_query: Tensor | None = None  # [B, Hq, T, d], before it was rotated, where the far part needs that
+    still_key: Tensor | None = None  # [B, Hkv, T, d]
 
 
 class Attention(nn.Module):
@@ -39,7 +41,9 @@ class Attention(nn.Module):
         value_dim: width of values; default `head_dim`.
         qk_norm: RMS-normalise queries and keys over head_dim, with learned gains. A score is then a learned temperature
             times a cosine, of order 1 when training starts: what a truncated series approximates well.
-        rope: rotate queries and keys by their positions, which go on from the state's token counts.
+        rope: rotate queries and keys by their positions, which go on from the state's token counts; "near": for the
+            scores of near tokens alone, so that what is far is found by what it is, wherever it stands. To softmax all
+            tokens are near.
         rope_base: base of the rotation's wavelengths.
         decay: None; "head" (one learned constant per key/value head); "token" (a gate computed from the input).
         conv: width of a short causal convolution, one weight per channel, of what queries, keys and values are each
@@ -53,6 +57,7 @@ class Attention(nn.Module):
     """
 
     _state_type: type = object
+    _keeps_still = False  # whether queries and keys are also handed over as they were before they were rotated
 
     def __init__(
         self,
@@ -63,7 +68,7 @@ class Attention(nn.Module):
         value_dim: int | None = None,
         *,
         qk_norm: bool = True,
-        rope: bool = True,
+        rope: bool | str = True,
         rope_base: float = 10000.0,
         decay: str | None = None,
         conv: int = 0,
@@ -72,16 +77,17 @@ class Attention(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        for name, flag in {"qk_norm": qk_norm, "rope": rope, "bias": bias, "causal": causal}.items():
+        for name, flag in {"qk_norm": qk_norm, "bias": bias, "causal": causal}.items():
             expect_bool(name, flag)
+        check_rope(rope)
         check_decay(decay, causal)
         check_conv(conv, causal)
         check_rope_base(rope_base)
         expect(scale is None or (is_number(scale) and scale > 0), "scale", "a number > 0", shown(scale))
         self.d_model, self.num_heads = d_model, num_heads
-        sizes = resolve_sizes(d_model, num_heads, num_kv_heads, head_dim, value_dim, rope)
+        sizes = resolve_sizes(d_model, num_heads, num_kv_heads, head_dim, value_dim, bool(rope))
         self.num_kv_heads, self.head_dim, self.value_dim = sizes
-        self.rope_base = rope_base if rope else None
+        self.rope, self.rope_base = rope, rope_base if rope else None
         self.causal = causal
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.query = nn.Linear(d_model, num_heads * self.head_dim, bias=bias)
@@ -236,13 +242,14 @@ class Attention(nn.Module):
         query = self.query_norm(_split_heads(self.query(for_query), self.head_dim))
         key = self.key_norm(_split_heads(self.key(for_key), self.head_dim))
         value = _split_heads(self.value(for_value), self.value_dim)
+        still = (query.to(value.dtype), key.to(value.dtype)) if self._keeps_still else (None, None)
         turn = self._rotation(x, state, key_padding_mask) if rotation is None else rotation
         if turn is not None:
             cosines, sines = (each.to(query.dtype) for each in turn)
             query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
         log_decay = None if self.decay is None else self.decay(x, key_padding_mask)
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the norms are float32
-        return Heads(query, key, value, log_decay, key_padding_mask)
+        return Heads(query, key, value, log_decay, key_padding_mask, *still)
 
     def _remember(self, x: Tensor, state: Any, key_padding_mask: Tensor | None) -> Tensor:
         """What the convolution needs of x and of what came before it."""
@@ -272,6 +279,12 @@ def check_decay(decay: str | None, causal: bool = True) -> None:
     """Raise ArgumentError for a decay that is none of ours."""
     expect(decay in (None, "head", "token"), "decay", "None, 'head' or 'token'", shown(decay))
     expect(causal or decay is None, "decay", "None in a layer that is not causal", shown(decay))
+
+
+def check_rope(rope: bool | str) -> None:
+    """Raise ArgumentError for a choice of what to rotate that is none of ours."""
+    good = isinstance(rope, bool) or (isinstance(rope, str) and rope == "near")
+    expect(good, "rope", "True, False or 'near'", shown(rope))
 
 
 def check_rope_base(rope_base: float) -> None:

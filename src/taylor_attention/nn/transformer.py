@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..core.state import State, check_reach
+from ..core.state import State
 from ..errors import ArgumentError, expect, expect_bool, expect_int, is_number, shown
 from ..ops.validation import check_reading, expect_tensor
-from .attention import SoftmaxAttention, TaylorAttention, check_center_keys, check_far_gain
+from .attention import SoftmaxAttention, TaylorAttention, check_center_keys, check_far, check_far_gain, check_near_rope
 from .cache import KeyValueCache
 from .convolution import ConvolvedState, check_conv
-from .layer import MAX_WIDTH, check_decay, check_rope_base, resolve_sizes
+from .layer import MAX_WIDTH, check_decay, check_rope, check_rope_base, resolve_sizes
 from .norm import RMSNorm
 
 MAX_LAYERS = 2**12
@@ -35,8 +35,8 @@ class ModelConfig:
         num_layers: blocks.
         num_heads, num_kv_heads, head_dim, value_dim, qk_norm, rope, rope_base, decay, conv: see `TaylorAttention`.
         attention: "taylor" or "softmax".
-        degree, window, sinks, heavy, reading, center_keys, far_gain: see `TaylorAttention`; a softmax model keeps them
-            unused, so that twins differ in one field.
+        degree, window, sinks, heavy, reading, center_keys, far_gain, far_dim: see `TaylorAttention`; a softmax model
+            keeps them unused, so that twins differ in one field.
         mlp_ratio: hidden width of the MLP over d_model.
     """
 
@@ -55,8 +55,9 @@ class ModelConfig:
     reading: str = "taylor"
     center_keys: bool = False
     far_gain: bool = False
+    far_dim: int | None = None
     qk_norm: bool = True
-    rope: bool = True
+    rope: bool | str = True
     rope_base: float = 10000.0
     decay: str | None = "head"
     conv: int = 0
@@ -65,18 +66,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         expect_int("vocab_size", self.vocab_size, 1, MAX_WIDTH)
         expect_int("num_layers", self.num_layers, 1, MAX_LAYERS)
-        for name in ("qk_norm", "rope"):
-            expect_bool(name, getattr(self, name))
+        expect_bool("qk_norm", self.qk_norm)
+        check_rope(self.rope)
         expect(self.attention in ("taylor", "softmax"), "attention", "'taylor' or 'softmax'", shown(self.attention))
         check_rope_base(self.rope_base)
         check_reading(self.reading, None, True)
         check_center_keys(self.center_keys)
         check_decay(self.decay)
         check_conv(self.conv)
-        sizes = (self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim, self.rope)
+        sizes = (self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim, bool(self.rope))
         _, head_dim, _ = resolve_sizes(*sizes)
-        check_reach(self.degree, self.window, self.sinks, self.heavy, head_dim)
+        check_far(self.degree, self.window, self.sinks, self.heavy, head_dim, self.far_dim)
         check_far_gain(self.far_gain, self.degree, self.window, self.sinks)
+        check_near_rope(self.rope, self.degree, self.window, self.sinks, self.center_keys)
         expect(is_number(self.mlp_ratio) and self.mlp_ratio > 0, "mlp_ratio", "a number > 0", shown(self.mlp_ratio))
         fits = 1 <= self.mlp_ratio * self.d_model < MAX_WIDTH + 1
         expect(fits, "mlp_ratio", f"an MLP 1 to {MAX_WIDTH:,} wide at d_model = {self.d_model}", self.mlp_ratio)
@@ -89,7 +91,7 @@ class ModelConfig:
         }
         if self.attention == "softmax":
             return SoftmaxAttention(*sizes, **options)
-        for name in ("degree", "window", "sinks", "heavy", "reading", "center_keys", "far_gain"):
+        for name in ("degree", "window", "sinks", "heavy", "reading", "center_keys", "far_gain", "far_dim"):
             options[name] = getattr(self, name)
         return TaylorAttention(*sizes, **options)
 
