@@ -13,7 +13,15 @@ SIZES: dict[str, Any] = {"d_model": 16, "num_layers": 2, "num_heads": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "far": {"decay": None},
     "near and far": {"window": 4, "sinks": 1, "heavy": 2, "decay": None},
-    "convolved": {"conv": 3, "decay": "token", "num_kv_heads": 1},
+    "convolved, far keys": {
+        "conv": 3,
+        "decay": "token",
+        "num_kv_heads": 1,
+        "window": 3,
+        "rope": "near",
+        "far_dim": 2,
+        "far_layers": 1,
+    },
     "softmax": {"attention": "softmax", "conv": 2},
 }
 

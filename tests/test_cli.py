@@ -113,6 +113,15 @@ MISUSE = {
     "train: gain": ("far_gain: expected", "train", "{folder}/text.txt", "--out", "{folder}/run", "--far-gain"),
     "train: rope": ("rope: expected", "train", "{folder}/text.txt", "--out", "{folder}/run", "--rope", "near"),
     "train: far keys": ("far_dim: expected", "train", "{folder}/text.txt", "--out", "{folder}/run", "--far-dim", "2"),
+    "train: far layers": (
+        "far_layers: exp",
+        "train",
+        "{folder}/text.txt",
+        "--out",
+        "{folder}/run",
+        "--far-layers",
+        "1",
+    ),
     "train: nothing to resume": ("{folder}/run", "train", "--resume", "--out", "{folder}/run"),
     "generate: no prompt": ("PROMPT: expected", "generate", "--model", "{folder}/taylor"),
     "generate: empty prompt": ("PROMPT: expected at least one byte", "generate", "", "--model", "{folder}/taylor"),
@@ -385,23 +394,31 @@ def test_train_prints_a_summary(folder: Path, tmp_path: Path):
 
 
 def test_train_reads_scores_as_it_is_told(folder: Path, tmp_path: Path):
-    options = "--reading", "fitted", "--window", 4, "--far-gain", "--conv", 3, "--rope", "near", "--far-dim", 2
+    options = "--reading", "fitted", "--window", 4, "--far-gain", "--conv", 3
     ok("train", folder / "text.txt", "--out", tmp_path / "run", *SMALL, *options)
     made = tmp_path / "run" / "model.safetensors"
     model, _ = load_checkpoint(made)
     assert model.config.reading == "fitted"
     assert bool(model.blocks[0].attention.far_log_gain.all())  # it was 0
     assert model.blocks[0].attention.conv.weight.shape[-1] == model.config.conv == 3
-    assert model.config.rope == "near"
-    assert model.blocks[0].attention.far_key_map.shape[-1] == model.config.far_dim == 2
     ok("generate", "hi", "-n", 3, "--model", made)
     assert load_checkpoint(folder / "taylor")[0].config.reading == "taylor"
 
 
-@pytest.mark.parametrize(("asked", "rope"), [((), True), (("--rope", "all"), True), (("--rope", "none"), False)])
-def test_train_rotates_what_it_is_told(folder: Path, tmp_path: Path, asked: tuple[str, ...], rope: bool):
-    ok("train", folder / "text.txt", "--out", tmp_path / "run", *SMALL, *asked)
-    assert load_checkpoint(tmp_path / "run" / "model.safetensors")[0].config.rope is rope
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("", {"rope": True, "far_dim": None, "far_layers": None}),
+        ("--rope none", {"rope": False}),
+        ("--rope near --window 4 --far-dim 2 --far-layers 1", {"rope": "near", "far_dim": 2, "far_layers": 1}),
+    ],
+)
+def test_train_scores_far_tokens_as_it_is_told(folder: Path, tmp_path: Path, asked: str, told: dict[str, object]):
+    ok("train", folder / "text.txt", "--out", tmp_path / "run", *SMALL, *asked.split())
+    made = tmp_path / "run" / "model.safetensors"
+    config = load_checkpoint(made)[0].config
+    assert {name: getattr(config, name) for name in told} == told
+    ok("generate", "hi", "-n", 3, "--model", made)
 
 
 def test_ctrl_c_while_training_saves_and_resume_goes_on_as_if_never_stopped(folder: Path, tmp_path: Path):

@@ -42,7 +42,7 @@ def test_a_file_from_before_an_option_is_read_without_it(tmp_path: Path):
     def forget(_: dict[str, Tensor], metadata: dict[str, str]) -> None:
         config = json.loads(metadata["config"])
         assert not config.pop("far_gain")
-        assert config.pop("far_dim") is None
+        assert config.pop("far_dim") is config.pop("far_layers") is None
         assert not config.pop("conv")
         metadata["config"] = json.dumps(config)
 

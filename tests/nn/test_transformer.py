@@ -60,6 +60,7 @@ def test_any_split_is_one_forward(attention: str, decay: str | None, cuts: list[
         {"far_gain": True, "sinks": 2, "reading": "fitted"},
         {"rope": "near", "window": 3},
         {"rope": "near", "far_dim": 2, "window": 3},
+        {"rope": "near", "far_layers": 2, "window": 3, "sinks": 1},
     ],
     ids=str,
 )
@@ -82,6 +83,21 @@ def test_how_scores_are_read_is_passed_to_all_layers(options: dict[str, Any]):
     assert softmax.state_dict().keys() == build("softmax", conv=options.get("conv", 0)).state_dict().keys()
 
 
+def test_only_so_many_first_layers_have_a_far_part():
+    far = {"rope": "near", "reading": "fitted", "far_gain": True, "far_dim": 2}
+    model, tokens = build("taylor", window=3, sinks=1, far_layers=1, **far), text(2, 11)
+    first, second = (block.attention for block in model.blocks)
+    assert (first.degree, first.rope, first.reading, first.far_dim) == (2, "near", "fitted", 2)
+    assert (second.degree, second.rope, second.reading, second.far_dim) == (None, True, "taylor", None)
+    assert (second.window, second.sinks) == (3, 1)
+    near = build("taylor", window=3, sinks=1, degree=None)
+    assert second.state_dict().keys() == near.blocks[1].attention.state_dict().keys()
+    states = model.new_states(2)
+    assert [state.degree for state in states] == [2, None]
+    decoded = torch.cat([model.decode_(part, states) for part in tokens.tensor_split([3, 4, 5], dim=1)], dim=1)
+    assert relative_error(decoded, model(tokens)) < TOLERANCE[torch.float64]
+
+
 @pytest.mark.parametrize("conv", [0, 3])
 def test_left_padding_changes_nothing(attention: str, conv: int):
     model, tokens = build(attention, conv=conv), text(1, 6)
@@ -94,7 +110,9 @@ def test_left_padding_changes_nothing(attention: str, conv: int):
     assert relative_error(model.decode_(following, states), expected) < TOLERANCE[torch.float64]
 
 
-@pytest.mark.parametrize("options", [{}, {"conv": 3}, {"rope": "near", "far_dim": 2, "window": 3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"conv": 3}, {"rope": "near", "far_dim": 2, "far_layers": 1, "window": 3}], ids=str
+)
 def test_states_go_through_their_tensors(attention: str, options: dict[str, Any]):
     model, tokens = build(attention, **options), text(2, 9)
     states = model.new_states(2)
@@ -167,9 +185,8 @@ def test_compiles_whole(attention: str):
 
 
 def test_configuration_goes_through_a_dictionary():
-    config = ModelConfig(
-        num_kv_heads=4, decay=None, value_dim=8, reading="fitted", conv=4, rope="near", window=3, far_dim=2
-    )
+    sizes = {"num_kv_heads": 4, "value_dim": 8, "conv": 4, "window": 3, "far_dim": 2, "far_layers": 1}
+    config = ModelConfig(attention="softmax", decay=None, reading="fitted", rope="near", **sizes)
     assert ModelConfig.from_dict(config.to_dict()) == config
 
 
@@ -189,6 +206,9 @@ def test_configuration_goes_through_a_dictionary():
         ({"rope": "near"}, "rope: expected True or False without a degree, or without a window or sinks, got 'near'"),
         ({"rope": "near", "window": 3, "center_keys": True}, "center_keys: expected False with rope='near'"),
         ({"far_dim": 2}, "far_dim: expected None without a window or sinks, where all keys are far, got 2"),
+        ({"far_layers": 0, "window": 3}, "far_layers: expected an int >= 1, got 0"),
+        ({"far_layers": 5, "window": 3}, "far_layers: expected an int"),
+        ({"far_layers": 1}, "far_layers: expected None without a degree, or without a window or sinks, got 1"),
         ({"conv": 1.5}, "conv: expected 0 or an int >= 2, got 1.5"),
         ({"decay": "yes"}, "decay: expected None, 'head' or 'token', got 'yes'"),
         ({"mlp_ratio": 0}, "mlp_ratio: expected a number > 0, got 0"),

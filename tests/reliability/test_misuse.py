@@ -494,17 +494,27 @@ def block() -> Any:
 
 
 def model_rows() -> Iterator[tuple[str, Row]]:
-    fields = {"vocab_size": "size", "num_layers": "size", "attention": "choice", "mlp_ratio": "number > 0"}
+    fields = {
+        "vocab_size": "size",
+        "num_layers": "size",
+        "far_layers": "size or None",
+        "attention": "choice",
+        "mlp_ratio": "number > 0",
+    }
     yield "ModelConfig", Row(ModelConfig, lambda: {"window": 2}, LAYER | TAYLOR | OTHERS | fields)
     yield (
         "ModelConfig.from_dict",
         Row(ModelConfig.from_dict, lambda: {"values": {}}, {"values": "mapping"}, {"values": "model configuration"}),
     )
-    for kind in (nn.Block, LanguageModel):
-        yield kind.__name__, Row(kind, lambda: {"config": CONFIG}, {"config": "config"})
+    yield "LanguageModel", Row(LanguageModel, lambda: {"config": CONFIG}, {"config": "config"})
     x = torch.linspace(-1, 1, 48).view(2, 3, 8)
     into = {"x": "floats", "state": "state or None", "return_state": "flag"}
     yield "Block.forward", Row(nn.Block.forward, lambda: {"self": block(), "x": x}, into, call=method("forward"))
+    config = lambda: {"config": dataclasses.replace(CONFIG, num_layers=2), "layer": 1}  # noqa: E731
+    yield "Block", Row(nn.Block, config, {"config": "config", "layer": "count"})
+    own = lambda: {"self": CONFIG, "layer": 0}  # noqa: E731
+    build = Row(ModelConfig.build_attention, own, {"layer": "count"}, call=method("build_attention"))
+    yield "ModelConfig.build_attention", build
     stepped = with_self(block, {"x": lambda: x, "state": lambda: model().new_states(2)[0]})
     step = {"x": "floats", "state": "state"}
     yield "Block.decode_", Row(nn.Block.decode_, stepped, step, call=method("decode_"))

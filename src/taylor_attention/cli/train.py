@@ -46,6 +46,7 @@ def _setting(flag: str, field: str, help: str, **options: Any) -> Callable[[Any]
 @_setting("--reading", "reading", "How all other scores are read.", type=click.Choice(READINGS))
 @_setting("--far-gain", "far_gain", "Learn a factor per head on these others' weights.", is_flag=True)
 @_setting("--far-dim", "far_dim", "Entries of learned keys for these others [--head-dim].", type=int)
+@_setting("--far-layers", "far_layers", "First layers that see these others at all [--layers].", type=int)
 @_setting("--layers", "num_layers", "Blocks.")
 @_setting("--width", "d_model", "Width of the residual stream.")
 @_setting("--heads", "num_heads", "Query heads.")

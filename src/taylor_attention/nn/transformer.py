@@ -37,6 +37,8 @@ class ModelConfig:
         attention: "taylor" or "softmax".
         degree, window, sinks, heavy, reading, center_keys, far_gain, far_dim: see `TaylorAttention`; a softmax model
             keeps them unused, so that twins differ in one field.
+        far_layers: how many of the first layers have a far part; the others attend to near tokens alone, at less cost.
+            All if None.
         mlp_ratio: hidden width of the MLP over d_model.
     """
 
@@ -56,6 +58,7 @@ class ModelConfig:
     center_keys: bool = False
     far_gain: bool = False
     far_dim: int | None = None
+    far_layers: int | None = None
     qk_norm: bool = True
     rope: bool | str = True
     rope_base: float = 10000.0
@@ -79,20 +82,33 @@ class ModelConfig:
         check_far(self.degree, self.window, self.sinks, self.heavy, head_dim, self.far_dim)
         check_far_gain(self.far_gain, self.degree, self.window, self.sinks)
         check_near_rope(self.rope, self.degree, self.window, self.sinks, self.center_keys)
+        self._check_far_layers()
         expect(is_number(self.mlp_ratio) and self.mlp_ratio > 0, "mlp_ratio", "a number > 0", shown(self.mlp_ratio))
         fits = 1 <= self.mlp_ratio * self.d_model < MAX_WIDTH + 1
         expect(fits, "mlp_ratio", f"an MLP 1 to {MAX_WIDTH:,} wide at d_model = {self.d_model}", self.mlp_ratio)
 
-    def build_attention(self) -> TaylorAttention | SoftmaxAttention:
-        """A new attention layer of this configuration."""
+    def _check_far_layers(self) -> None:
+        if self.far_layers is None:
+            return
+        expect_int("far_layers", self.far_layers, 1, self.num_layers)
+        useful = self.degree is not None and self.window + self.sinks > 0
+        expect(useful, "far_layers", "None without a degree, or without a window or sinks", self.far_layers)
+
+    def build_attention(self, layer: int = 0) -> TaylorAttention | SoftmaxAttention:
+        """A new attention layer of this configuration, to stand at this place from 0 on."""
+        expect_int("layer", layer, 0, self.num_layers - 1)
         sizes = (self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim)
         options: dict[str, Any] = {
             name: getattr(self, name) for name in ("qk_norm", "rope", "rope_base", "decay", "conv")
         }
         if self.attention == "softmax":
             return SoftmaxAttention(*sizes, **options)
-        for name in ("degree", "window", "sinks", "heavy", "reading", "center_keys", "far_gain", "far_dim"):
-            options[name] = getattr(self, name)
+        options |= {name: getattr(self, name) for name in ("window", "sinks", "heavy")}
+        if self.far_layers is not None and layer >= self.far_layers:
+            options |= {"degree": None, "rope": bool(self.rope)}
+        else:
+            far = ("degree", "reading", "center_keys", "far_gain", "far_dim")
+            options |= {name: getattr(self, name) for name in far}
         return TaylorAttention(*sizes, **options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,12 +138,12 @@ def expect_model(model: LanguageModel) -> None:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); the MLP squares a ReLU (So et al. 2021), cheap and no worse."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         _expect_config(config)
         width, hidden = config.d_model, int(config.mlp_ratio * config.d_model)
         self.attention_norm = RMSNorm(width)
-        self.attention = config.build_attention()
+        self.attention = config.build_attention(layer)
         self.mlp_norm = RMSNorm(width)
         self.expand = nn.Linear(width, hidden, bias=False)
         self.contract = nn.Linear(hidden, width, bias=False)
@@ -168,7 +184,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding_norm = RMSNorm(config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.d_model)
         self._initialise()
 

@@ -18,7 +18,7 @@ from ...nn import LanguageModel, ModelConfig
 from .noted_text import recall_distances
 
 WARMUP = 30
-SHARPNESS = 2.0
+SHARPNESS, FAR_SHARPNESS = 2.0, 2.0
 DISTANCES = (32, 64, 128, 256, 512)
 """Upper ends of the ranges over which recall is averaged."""
 
@@ -45,7 +45,8 @@ def prepare_recall(model: LanguageModel) -> None:
 
     Keys are made of the token before (where there is a convolution) by the projection of the queries, so that equal
     tokens have the largest scores. From a random start, models of all kinds need longer to find this out than these
-    runs last; from here, the runs compare how well each kind remembers.
+    runs last; from here, the runs compare how well each kind remembers. Learned far keys and queries are made longer: a
+    polynomial singles out what is alike only where scores are large.
     """
     for block in model.blocks:
         layer: Any = block.attention
@@ -55,6 +56,9 @@ def prepare_recall(model: LanguageModel) -> None:
             layer.conv.weight[1] = layer.conv.weight[1].roll(-1, dims=-1)
         if hasattr(layer.query_norm, "weight"):
             layer.query_norm.weight.fill_(SHARPNESS)
+        if getattr(layer, "far_dim", None) is not None and layer.far_query_map is not None:
+            layer.far_query_map.mul_(FAR_SHARPNESS)
+            layer.far_key_map.mul_(FAR_SHARPNESS)
 
 
 def learn(

@@ -35,6 +35,9 @@ def softmax(size: int, **options: Any) -> dict[str, Any]:
     return heads(size, attention="softmax", **options)
 
 
+FIRST: dict[str, Any] = {"degree": 2, "window": 128, "far_layers": 1, "far_dim": 32}
+"""A far part, with keys of its own, in the first layer alone."""
+
 MAIN: dict[str, dict[str, Any]] = {
     "softmax, 1 x 64": softmax(64),
     "softmax, 2 x 32": softmax(32),
@@ -52,6 +55,8 @@ MAIN: dict[str, dict[str, Any]] = {
         "head_dim": 36,
         "value_dim": 32,
     },
+    "degree 2 in the first layer + window 128, 2 x 32: near RoPE": heads(32, **FIRST, rope="near"),
+    "window 448 alone, 2 x 32: with RoPE": heads(32, degree=None, window=448, rope=True),
 }
 """What is run with every seed."""
 
@@ -83,6 +88,20 @@ SIDE: dict[str, dict[str, Any]] = {
     "degree 2 + window 32 + far gain, 2 x 32, 1 kv": heads(32, degree=2, window=32, far_gain=True, num_kv_heads=1),
     "softmax, 2 x 32: without convolution": softmax(32, conv=0),
     "degree 2 + window 128, 2 x 32, 1 kv: with RoPE": heads(32, degree=2, window=128, num_kv_heads=1, rope=True),
+    "degree 2 + window 128, 2 x 32, 1 kv: near RoPE": heads(32, degree=2, window=128, num_kv_heads=1, rope="near"),
+    "degree 2 + window 128, 2 x 32, far keys of 20: near RoPE": heads(
+        32, degree=2, window=128, far_dim=20, rope="near"
+    ),
+    "degree 2 in the first layer + window 128, 2 x 32, far keys of 24: near RoPE": heads(
+        32, **FIRST | {"far_dim": 24}, rope="near"
+    ),
+    "degree 2 in the first layer + window 128, 2 x 32: with RoPE": heads(32, **FIRST, rope=True),
+    "degree 2 in the first layer + window 128, 2 x 32": heads(32, **FIRST),
+    "degree 2 in the first layer + window 128, 2 x 32: near RoPE, the head's own keys": heads(
+        32, **FIRST | {"far_dim": None}, rope="near"
+    ),
+    "window 128 alone, 2 x 32: with RoPE": heads(32, degree=None, window=128, rope=True),
+    "softmax, 2 x 32, 1 kv: with RoPE": softmax(32, num_kv_heads=1, rope=True),
 }
 """What is run with the first seed alone."""
 
