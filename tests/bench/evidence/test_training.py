@@ -74,6 +74,15 @@ def test_the_start_finds_what_came_after_a_token_like_this_one(options: dict[str
     assert again.blocks[0].attention.key.weight.shape == layer.key.weight.shape
 
 
+def test_the_start_makes_learned_far_scores_larger():
+    config = ModelConfig(**SMALL | {"window": 4, "far_dim": 3})
+    model, fresh = LanguageModel(config), LanguageModel(config).blocks[0].attention
+    prepare_recall(model)
+    layer = model.blocks[0].attention
+    assert torch.equal(layer.far_query_map, 2 * fresh.far_query_map)
+    assert torch.equal(layer.far_key_map, 2 * fresh.far_key_map)
+
+
 def test_learning_goes_down_and_repeats():
     text = noted_text.noted_text("training", 0)
     settings: dict[str, Any] = {"steps": 30, "batch": 2, "length": 48, "rate": 1e-2, "seed": 5, "recall": True}
@@ -160,6 +169,17 @@ def test_the_recipe_stands_beside_the_softmax_row_with_the_same_positions():
         "Beside softmax, 2 x 32, which like it has no RoPE, that is 1.0% more."
     )
     assert not any("like it" in told for told in training.conclusions(findings[::2]))
+
+
+def test_the_recipe_is_a_row_with_all_seeds_and_stands_beside_the_window_of_its_bytes():
+    seeds = range(2)
+    findings = [made("softmax", 2.0, 1000, run) for run in seeds] + [made("degree 2", 2.1, 900, run) for run in seeds]
+    findings += [made("degree 4", 1.9, 900), made("window 5 alone", 2.05, 899), made("window 6 alone", 1.0, 901)]
+    told = training.conclusions(findings)
+    assert "degree 2 is best" in told[2]
+    assert told[3].startswith("A window of no more bytes, window 5 alone with 1 KiB, reaches 2.050 on these 512 tokens")
+    assert "tokens: 2.4% less." in told[3]
+    assert len(told) == 4
 
 
 def test_spread_is_that_of_the_seeds():

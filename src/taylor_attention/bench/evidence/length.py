@@ -15,7 +15,7 @@ from .drawing import panels
 from .experiment import Case, Experiment, Findings, Picture, Table, number, select
 from .learning import learn, recall_losses
 from .noted_text import PERIOD, noted_text, recall_distances
-from .training import BATCH, LAYERS, LENGTH, RATE, STEPS, WIDTH, heads, softmax
+from .training import BATCH, FIRST, LAYERS, LENGTH, RATE, STEPS, WIDTH, heads, softmax
 
 MODELS: dict[str, dict[str, Any]] = {
     "softmax": softmax(32),
@@ -28,6 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "degree 2 + window 128": heads(32, degree=2, window=128, num_kv_heads=1),
     "degree 2 + window 128, decay": heads(32, degree=2, window=128, num_kv_heads=1, decay="head"),
     "degree 4, heads of 8": heads(8, degree=4),
+    "window 448 alone, RoPE": heads(32, degree=None, window=448, rope=True),
+    "degree 2 in the first layer + window 128, near RoPE": heads(32, **FIRST, rope="near"),
 }
 """Heads of 32 unless they say otherwise."""
 
@@ -135,7 +137,8 @@ def pictures(findings: Findings) -> list[Picture]:
             for each in select(findings, model=name):
                 places = each.values.get(text, {"ranges": []})["ranges"]
                 x, y = [place["to"] for place in places], [place["loss"] for place in places]
-                where.plot(x, y, marker="o", markersize=3, color=f"C{shade}", label=name)
+                line = "-" if shade < 10 else "--"  # there are ten colours
+                where.plot(x, y, line, marker="o", markersize=3, color=f"C{shade % 10}", label=name)
         where.set(xscale="log", xlabel="position, at most", ylabel="loss (nats per byte)", title=title)
         where.set_xticks(TICKS, [f"{tick:,}" for tick in TICKS])
         where.minorticks_off()
