@@ -32,7 +32,10 @@ from .console import degree_option, emit_json, json_option, out, size, table
 @click.option("--score-radius", "radius", type=float, help="Largest |scaled score|: gives a bound on the error.")
 @json_option
 def plan(as_json: bool, **asked: Any) -> None:
-    """Memory, FLOPs and break-even contexts of Taylor attention beside softmax with a key/value cache."""
+    """Memory, FLOPs and break-even contexts of Taylor attention beside softmax with a key/value cache.
+
+    Every layer has a far part, of keys of --head-dim; far keys of their own (rope="near", far_dim) are not counted.
+    """
     made = make_plan(**asked)
     if as_json:
         derived = {"allocated_bytes": _allocated(made), "negative_intervals": _negative(made)}

@@ -40,6 +40,9 @@ class ModelConfig:
         far_layers: how many of the first layers have a far part; the others attend to near tokens alone, at less cost.
             All if None.
         mlp_ratio: hidden width of the MLP over d_model.
+
+    Where the far past pays, what learned best beside its bytes was `window=128, rope="near", far_dim=32, far_layers=1,
+    conv=4, decay=None` with heads of 32 (docs/evidence.md, "Trained models").
     """
 
     vocab_size: int = 256
