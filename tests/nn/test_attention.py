@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -71,9 +72,10 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=OPTIONS | APART)
-def layer(kind: str, request: pytest.FixtureRequest) -> Attention:
-    return build(kind, **(OPTIONS | APART)[request.param])
+@pytest.fixture(params=[*product(["taylor", "softmax"], OPTIONS), *product(["taylor"], APART)], ids="-".join)
+def layer(request: pytest.FixtureRequest) -> Attention:
+    kind, options = request.param
+    return build(kind, **(OPTIONS | APART)[options])
 
 
 @pytest.mark.parametrize("cuts", [[1], [12], [5, 6], list(range(1, T))])
@@ -277,8 +279,11 @@ def test_first_scores_are_modest(kind: str):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"decay": "head"}, {"decay": "token"}, {"rope": "near", "far_dim": 3, "window": 4}],
+    ("kind", "options"),
+    [
+        *product(["taylor", "softmax"], [{}, {"decay": "head"}, {"decay": "token"}]),
+        ("taylor", {"rope": "near", "far_dim": 3, "window": 4}),
+    ],
     ids=str,
 )
 def test_compiles_whole_and_trains_the_same(kind: str, options: dict[str, Any]):

@@ -94,11 +94,9 @@ SIDE: dict[str, dict[str, Any]] = {
     "degree 2 in the first layer + window 128, 2 x 32, far keys of 24: near RoPE": heads(
         32, **FIRST | {"far_dim": 24}, rope="near"
     ),
-    "degree 2 in the first layer + window 128, 2 x 32: with RoPE": heads(32, **FIRST, rope=True),
-    "degree 2 in the first layer + window 128, 2 x 32": heads(32, **FIRST),
-    "window 448 alone, 2 x 32: with RoPE": heads(32, degree=None, window=448, rope=True),
-    "window 128 alone, 2 x 32: with RoPE": heads(32, degree=None, window=128, rope=True),
     "softmax, 2 x 32, 1 kv: with RoPE": softmax(32, num_kv_heads=1, rope=True),
+    "degree 2 in the first layer + window 128, 2 x 32: with RoPE": heads(32, **FIRST, rope=True),
+    "window 448 alone, 2 x 32: with RoPE": heads(32, degree=None, window=448, rope=True),
 }
 """What is run with the first seed alone."""
 
