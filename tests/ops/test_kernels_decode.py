@@ -11,6 +11,7 @@ from problems import decode, differences, make, sum_up
 from taylor_attention.core.near import Near
 from taylor_attention.core.state import tail_size
 from taylor_attention.errors import ArgumentError, NormaliserWarning
+from taylor_attention.ops import compiled
 from tolerances import TOLERANCE, relative_error
 
 pytestmark = pytest.mark.parametrize("backend", KERNELS, indirect=True)
@@ -449,6 +450,49 @@ def test_what_rounding_dropped_before_is_kept_and_fades_with_the_sums(backend):
     _, state = decode(problem, state=start, backend=backend)
     found = state.folded()
     assert relative_error(found.sums + found.compensation, expected) < EXACT
+
+
+# ---- how tensors are handed over -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def older_pytorch(monkeypatch):
+    """One before 2.10, whose tensors the kernels cannot look into."""
+    monkeypatch.setattr(compiled, "sees_tensors", lambda: False)
+
+
+@pytest.mark.parametrize("kind", [{}, {"window": 5, "sinks": 3, "heavy": 2}, {"reading": "fitted"}], ids=str)
+def test_tensors_and_addresses_are_the_same(backend, kind, request):
+    problem = make(batch=3, length=20, decay="soft", mask="holes", heads=6, kv_heads=2, **kind)
+    y, state = decode(problem, backend=backend)
+    request.getfixturevalue("older_pytorch")
+    z, other = decode(problem, backend=backend)
+    assert torch.equal(y, z)
+    assert differences(state, other) == []
+
+
+X = torch.zeros(2, 3, 4)
+OTHERS = {
+    "shape": X[:1],
+    "strides": X.mT.contiguous().mT,
+    "type": X.int(),
+    "width": X.double(),
+    "kind of half": X.half(),
+    "axes": X[0],
+    "none": None,
+    "meta": X.to("meta"),
+}
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_descriptions_are_equal_for_equal_tensors_only(backend, name, older, request):
+    if older:
+        request.getfixturevalue("older_pytorch")
+    known = [compiled.describe((X, x)) for x in (X, *OTHERS.values(), X.bfloat16())]
+    found = compiled.describe((X.clone(), None if OTHERS[name] is None else OTHERS[name].clone()))
+    assert known.count(found) == 1
+    assert compiled.describe((X, X)) == compiled.describe((X + 1, X.clone()))
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

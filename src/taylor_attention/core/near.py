@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ _TENSORS = {  # whose slots there are, and what stands in them
     "heavy_log_decay": ("heavy", "number"),
     "heavy_priority": ("heavy", "number"),
 }
+_all = attrgetter(*_TENSORS)
 _WIDE = [name for name, (_, kind) in _TENSORS.items() if kind == "number"]  # float64 whatever the dtype
 _PREFIX = "near_"
 
@@ -214,6 +216,10 @@ class Near:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by the name that it has in a file."""
         return {_PREFIX + name: getattr(self, name) for name in _TENSORS}
+
+    def all_tensors(self) -> tuple[Tensor, ...]:
+        """The same without names."""
+        return _all(self)
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Near | None:

@@ -526,6 +526,19 @@ class State:
         own = {name: getattr(self, name) for name in _TENSORS}
         return own if self.near is None else own | self.near.tensors()
 
+    def all_tensors(self) -> tuple[Tensor, ...]:
+        """The same without names: every decoding step asks."""
+        own = (
+            self.sums,
+            self.compensation,
+            self.tokens,
+            self.log_decay,
+            self.tail_key,
+            self.tail_value,
+            self.tail_log_decay,
+        )
+        return own if self.near is None else (*own, *self.near.all_tensors())
+
     def metadata(self) -> dict[str, str]:
         """What the tensors do not say, as text."""
         return {"degree": str(self.degree), "scale": self.scale.hex(), "tail_length": str(self.tail_length)}
@@ -548,9 +561,9 @@ class State:
             raise StorageError(f"state: expected the tensors and metadata of a State, got {error}") from error
         return state
 
-    def check_layout(self) -> None:
-        """Raise `ArgumentError` for a state put together by hand whose parts do not fit; each is looked at once."""
-        if not self._fits:
+    def check_layout(self, *, anew: bool = False) -> None:
+        """Raise `ArgumentError` for a state put together by hand whose parts do not fit; looked at once, or anew."""
+        if anew or not self._fits:
             self._check_layout()
             self._fits = True
 

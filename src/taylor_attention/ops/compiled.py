@@ -7,8 +7,8 @@ place is reported to autograd, as PyTorch's own operations do.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache, lru_cache, partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ _PARALLEL_READ = 2**18
 """The same for elements of the state read by one decoding step."""
 
 
-@lru_cache(maxsize=1)
+@cache
 def _load() -> ModuleType | None:
     try:
         from . import _kernels  # type: ignore[attr-defined]
@@ -59,6 +59,21 @@ def kernels() -> ModuleType:
     if module is None:
         raise ImportError(declines(torch.device("cpu")))
     return module
+
+
+@cache
+def sees_tensors() -> bool:
+    """Whether the kernels can look into tensors: PyTorch has a table of functions for this from 2.10 on."""
+    module = _load()
+    return module is not None and bool(module.exchange(getattr(Tensor, "__dlpack_c_exchange_api__", None)))
+
+
+def describe(tensors: tuple[Tensor | None, ...]) -> Hashable:
+    """What is the same for two rows of dense tensors only if their types, devices, shapes and strides are."""
+    found: Hashable = kernels().describe(*tensors) if sees_tensors() else None
+    if found is None:
+        return tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+    return found
 
 
 def forward(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -216,10 +231,9 @@ def _constants(
 class Step(NamedTuple):
     """What all decoding steps of the same sizes, types and strides hand over."""
 
-    numbers: tuple[float, ...]  # up to the tail's length, in the order of module.cpp
-    near: tuple[float, ...]  # the same for the near part, up to the ring's address
+    append: Callable[..., int]  # the kernel, from the tail's length on, in the order of module.cpp
     tail: int | None  # tokens in a full tail; None: no far part
-    out: tuple[int, ...]  # the output's shape
+    like: Tensor  # of the output's shape, without its memory
     as_they_are: bool  # whether the kernels can read the inputs without a copy
     constants: tuple[Tensor, Tensor]  # whose addresses are among the numbers
 
@@ -269,42 +283,40 @@ def plan_step(
         log_decay is not None and log_decay.dtype == torch.float64,
         *gate_strides,
         FULL_RESET,
+        state.window,
+        state.sinks,
+        state.heavy,
+        SAFE_SHARE,
     )
     together = all((x.stride(3) == 1 or x.shape[3] <= 1) and x.dtype == state.dtype for x in inputs)
     gates = log_decay is None or log_decay.dtype in (torch.float32, torch.float64)
     gain = far_gain is None or (far_gain.dtype == state.dtype and far_gain.is_contiguous())
-    near = () if state.near is None else (state.window, state.sinks, state.heavy, SAFE_SHARE)
     tail = width if coefficients else None
-    return Step(numbers, near, tail, (batch, query_heads, 1, columns - 1), together and gates and gain, constants)
+    with torch.inference_mode(False):
+        like = torch.empty(1, dtype=state.dtype).expand(batch, query_heads, 1, columns - 1)
+    return Step(partial(kernels().decode, *numbers), tail, like, together and gates and gain, constants)
 
 
-def decode_(
-    step: Step,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    log_decay: Tensor | None,
-    far_gain: Tensor | None,
-    state: State,
-) -> tuple[Tensor, int]:
+def decode_(step: Step, tensors: tuple[Tensor | None, ...], state: State) -> tuple[Tensor, int]:
     """Append one token to a state in place and attend; also how many normalisers are not safely positive.
 
     Args:
         step: what `plan_step` made for tensors like these; they can be read as they are.
-        query: [B, Hq, 1, d]; key, value: [B, Hkv, 1, ...].
-        visible: bool [B, 1] or None. log_decay: [B, Hkv, 1] or None. far_gain: [Hq] or None.
+        tensors: query [B, Hq, 1, d]; key, value [B, Hkv, 1, ...]; which are visible, bool [B, 1], log_decay
+            [B, Hkv, 1], and far_gain [Hq], or None.
 
     Returns:
         y [B, Hq, 1, dv], and the number of rows that are NaN for the reason above; -1 if nothing was done because a
         log decay is not <= 0 or a token is not in range.
     """
-    out = query.new_empty(step.out)
+    out = torch.empty_like(step.like, memory_format=torch.contiguous_format)
+    given: tuple[Tensor | None, ...] = (*tensors, out, *state.all_tensors())
+    pointers = given if sees_tensors() else tuple(map(address, given))
     if state.tail_length == step.tail:  # judged before the tail is folded: what is refused changes nothing
-        if _append_(step, query, key, value, visible, log_decay, far_gain, state, out) < 0:
+        if step.append(step.tail, *pointers) < 0:
             return out, -1
         fold_(state)
-    unsafe = _append_(step, query, key, value, visible, log_decay, far_gain, state, out)
+    unsafe = step.append(state.tail_length, *pointers)
     if unsafe >= 0:
         near = state.near
         if step.tail is not None:
@@ -313,43 +325,6 @@ def decode_(
         if near is not None:
             increment_version(_near_tensors(near))
     return out, unsafe
-
-
-def _append_(
-    step: Step,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    log_decay: Tensor | None,
-    far_gain: Tensor | None,
-    state: State,
-    out: Tensor,
-) -> int:
-    near = state.near
-    unsafe: int = kernels().decode(
-        *step.numbers,
-        state.tail_length,
-        query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        0 if visible is None else visible.data_ptr(),
-        0 if log_decay is None else log_decay.data_ptr(),
-        0 if far_gain is None else far_gain.data_ptr(),
-        state.sums.data_ptr(),
-        state.tail_key.data_ptr(),
-        state.tail_value.data_ptr(),
-        state.log_decay.data_ptr(),
-        state.tail_log_decay.data_ptr(),
-        state.tokens.data_ptr(),
-        out.data_ptr(),
-        *(() if near is None else _near_arguments(step, near)),
-    )
-    return unsafe
-
-
-def _near_arguments(step: Step, near: Near) -> tuple[float, ...]:
-    return *step.near, *(x.data_ptr() for x in _near_tensors(near))
 
 
 def _near_tensors(near: Near) -> tuple[Tensor, ...]:

@@ -63,12 +63,10 @@ def decode_(
         ArgumentError: an argument is not as above, gradients are being recorded, or a token that is not hidden is not
             finite or too large for the moments (see `core.ranges`); the state is unchanged.
     """
-    far = far_query, far_key
-    step = _checked(
-        query, key, value, key_padding_mask, log_decay, far_gain, far, state, scale, series, reading, backend
-    )
+    tensors = (query, key, value, key_padding_mask, log_decay, far_gain, far_query, far_key)
+    step = _checked(tensors, state, (scale, series, reading, backend))
     if step.compiled is not None and step.compiled.as_they_are:
-        y, unsafe = compiled.decode_(step.compiled, query, key, value, key_padding_mask, log_decay, far_gain, state)
+        y, unsafe = compiled.decode_(step.compiled, tensors[:6], state)
         if unsafe < 0:
             check_data(None, log_decay, 1)
             check_tokens(key, value, key_padding_mask, state.degree)
@@ -136,52 +134,29 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_known.clear)  # how many threads compute is known too
 
 
-def _checked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    visible: Tensor | None,
-    log_decay: Tensor | None,
-    far_gain: Tensor | None,
-    far: tuple[Tensor | None, Tensor | None],
-    state: State,
-    scale: float | None,
-    series: Series | None,
-    reading: str,
-    backend: str,
-) -> _Step:
+def _checked(tensors: tuple[Tensor | None, ...], state: State, options: tuple[Any, ...]) -> _Step:
     """Check everything but the data. What was good once is good again: decoding repeats the same call very often."""
-    arguments = (query, key, value, visible, log_decay, far_gain, far, state, scale, series, reading, backend)
+    arguments: tuple[Any, ...] = (*tensors, state, *options)
     if torch.compiler.is_compiling():
         return _check(*arguments)
     try:
         state.check_layout()
-        sums, tail = state.sums, state.tail_key
         signature = (
-            (query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride()),
-            (query.dtype, key.dtype, value.dtype, query.device, key.device, value.device),
-            query.requires_grad or key.requires_grad or value.requires_grad or sums.requires_grad,
-            None if visible is None else (visible.shape, visible.stride(), visible.dtype, visible.device),
-            None if log_decay is None else _signature(log_decay),
-            None if far_gain is None else _signature(far_gain),
-            *(None if x is None else _signature(x) for x in far),
-            (type(state), sums.shape, sums.dtype, sums.device, tail.shape, state.degree, state.scale),
-            (state.window, state.sinks, state.heavy, state.far_dim, state.is_contiguous),
-            (scale, type(scale), series, reading, backend, torch.is_grad_enabled(), torch.get_num_threads()),
+            compiled.describe((*tensors, *state.all_tensors())),
+            torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, state.sums)),
+            (type(state), state.degree, state.scale, *options, type(options[0])),  # 1.0 is a scale, True is none
+            torch.get_num_threads(),
         )
         found = _known.get(signature)
     except (AttributeError, TypeError, RuntimeError):  # then the check has something to say
         return _check(*arguments)
     if found is None:
+        state.check_layout(anew=True)  # someone may have put other tensors into it
         found = _check(*arguments)
         if len(_known) >= _KNOWN_LIMIT:
             _known.clear()
         _known[signature] = found
     return found
-
-
-def _signature(x: Tensor) -> tuple[Any, ...]:
-    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
 
 
 def _check(
@@ -191,13 +166,15 @@ def _check(
     visible: Tensor | None,
     log_decay: Tensor | None,
     far_gain: Tensor | None,
-    far: tuple[Tensor | None, Tensor | None],
+    far_query: Tensor | None,
+    far_key: Tensor | None,
     state: State,
     scale: float | None,
     series: Series | None,
     reading: str,
     backend: str,
 ) -> _Step:
+    far = far_query, far_key
     expect_state(state)
     shapes = check_inputs(query, key, value, Optional(visible, None, log_decay), True)
     shapes = replace(shapes, far_dim=check_far(*far, query, key, state.degree, state.near is not None))

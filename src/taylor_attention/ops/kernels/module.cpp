@@ -15,6 +15,7 @@
 
 #include "choose.h"
 #include "layout.h"
+#include "tensors.h"
 
 namespace taylor {
 
@@ -67,7 +68,16 @@ const Layout* layout_of(Index head_dim, Index degree) {  // under the interprete
 
 // ---- arguments -------------------------------------------------------------------------------------------------------
 
-// Takes one number after the other; the order is that of ops/compiled.py.
+// By which tensors are looked into, once Python has handed it over; null: they cannot be.
+const DLPackExchange* exchange = nullptr;
+
+PyObject* set_exchange(PyObject*, PyObject* capsule) {
+  exchange = open_exchange(capsule);
+  return PyBool_FromLong(exchange != nullptr);
+}
+
+// Takes one number after the other; the order is that of ops/compiled.py. A pointer is an address, or a tensor or None
+// in its place.
 class Numbers {
  public:
   Numbers(PyObject* const* items, Py_ssize_t count) : items_(items), count_(count) {}
@@ -81,7 +91,10 @@ class Numbers {
   }
   template <class P> P* pointer() {
     PyObject* item = take();
-    return item ? static_cast<P*>(PyLong_AsVoidPtr(item)) : nullptr;
+    if (!item || item == Py_None) return nullptr;
+    if (!exchange || PyLong_Check(item)) return static_cast<P*>(PyLong_AsVoidPtr(item));
+    DLTensor x = {};
+    return exchange->view(item, &x) == 0 ? static_cast<P*>(x.data) : nullptr;
   }
   Strided strided() {
     const void* data = pointer<const void>();
@@ -92,7 +105,6 @@ class Numbers {
     const Index head_dim = integer(), degree = integer();
     return layout_of(head_dim, degree);
   }
-  bool more() const { return at_ < count_; }
   bool complete() {
     if (at_ != count_ && !PyErr_Occurred()) PyErr_Format(PyExc_TypeError, "expected %zd numbers, got %zd", at_, count_);
     return !PyErr_Occurred();
@@ -155,17 +167,14 @@ PyObject* backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-NearSlots read_near_slots(Numbers& numbers) {
-  NearSlots near = {};
-  for (Slots* part : {&near.ring, &near.sinks, &near.heavy}) part->width = numbers.integer();
-  near.safe = numbers.real();
+NearSlots read_near_slots(Numbers& numbers, NearSlots near) {
   const auto read = [&](Slots& part) {
     part.key = numbers.pointer<void>(), part.value = numbers.pointer<void>(), part.log_decay = numbers.pointer<double>();
   };
-  read(near.ring), read(near.sinks);
-  if (!near.heavy.width) return near;
-  read(near.heavy);
-  near.received = numbers.pointer<double>(), near.priority = numbers.pointer<double>();
+  read(near.ring);
+  near.received = numbers.pointer<double>();
+  read(near.sinks), read(near.heavy);
+  near.priority = numbers.pointer<double>();
   return near;
 }
 
@@ -183,15 +192,18 @@ PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
   s.visible_stride = numbers.integer();
   s.gates.is_double = numbers.integer(), s.gates.batch = numbers.integer(), s.gates.head = numbers.integer();
   s.gates.reset = numbers.real();
+  for (Slots* part : {&s.near.ring, &s.near.sinks, &s.near.heavy}) part->width = numbers.integer();
+  s.near.safe = numbers.real();
   s.position = numbers.integer();
   for (Strided* x : {&s.query, &s.key, &s.value}) x->data = numbers.pointer<const void>();
   s.visible = numbers.pointer<const std::uint8_t>(), s.gates.data = numbers.pointer<const void>();
-  s.far_gain = numbers.pointer<const void>();
+  s.far_gain = numbers.pointer<const void>(), s.out = numbers.pointer<void>();
   s.sums = numbers.pointer<const void>();
+  numbers.pointer<void>();  // the compensation: only folding changes it
+  s.tokens = numbers.pointer<std::int64_t>(), s.log_decay = numbers.pointer<double>();
   s.tail_key = numbers.pointer<void>(), s.tail_value = numbers.pointer<void>();
-  s.log_decay = numbers.pointer<double>(), s.tail_log_decay = numbers.pointer<double>();
-  s.tokens = numbers.pointer<std::int64_t>(), s.out = numbers.pointer<void>();
-  if (numbers.more()) s.near = read_near_slots(numbers);
+  s.tail_log_decay = numbers.pointer<double>();
+  if (s.near.ring.width + s.near.sinks.width > 0) s.near = read_near_slots(numbers, s.near);
   Index unsafe = 0;
   if (!numbers.complete() || !run([&] { unsafe = kernels->decode(s, is_double); })) return nullptr;
   return PyLong_FromSsize_t(unsafe);
@@ -257,6 +269,14 @@ PyObject* choose_holders(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
+PyObject* describe(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Description found;
+  bool good = exchange != nullptr;
+  for (Py_ssize_t i = 0; good && i < count; ++i) good = found.add(*exchange, items[i]);
+  if (good) return found.bytes();
+  Py_RETURN_NONE;
+}
+
 PyObject* list_targets(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   for (const Target& target : targets) {
@@ -293,6 +313,8 @@ PyMethodDef methods[] = {
     {"near_forward", as_method(near_forward), METH_FASTCALL, "Exact attention to a window and to sinks."},
     {"near_backward", as_method(near_backward), METH_FASTCALL, "Gradients of `near_forward`."},
     {"choose", as_method(choose_holders), METH_FASTCALL, "Who holds a few places, as tokens leave the window."},
+    {"exchange", set_exchange, METH_O, "Read tensors by a capsule of DLPack's functions; None: not at all."},
+    {"describe", as_method(describe), METH_FASTCALL, "What tensors have in common with equal ones; None: they cannot be read."},
     {"targets", list_targets, METH_NOARGS, "Instruction sets that this machine has, best first."},
     {"use", use_target, METH_O, "Use the kernels for one of `targets()`; the best one is used without this."},
     {nullptr, nullptr, 0, nullptr},
