@@ -6,6 +6,7 @@ namespace taylor {
 namespace TARGET {
 
 constexpr Index kScoreRows = 128;  // rows of one block of scores [kScoreRows, panel]: stays in the first-level cache
+constexpr Index kSlopePanels = 4;  // panels of keys whose slopes wait for one product, which one alone would make short
 
 // Where two tiles stand in their chunk: first tokens counted from the chunk's start; masked: the tiles are the same one.
 template <class T> struct Pairing {
@@ -69,19 +70,19 @@ INLINE void add_product(Index rows, const T* a, Index a_row, const T* b, Index d
   });
 }
 
-// Blocks of scores and of what follows from them, [kScoreRows, panel] each.
+// Blocks of scores and of what follows from them, [kScoreRows, panel] each; slopes: of several panels.
 template <class T> struct ScoreBlocks {
-  ScoreBlocks() : scores(kScoreRows * kPanel<T>), weights(kScoreRows * kPanel<T>), slopes(kScoreRows * kPanel<T>) {}
+  ScoreBlocks() : scores(kSize), weights(kSize), slopes(kSlopePanels * kSize) {}
+  static constexpr Index kSize = kScoreRows * kPanel<T>;
   Buffer<T> scores, weights, slopes;
 };
 
-// y[e, t] += sum_j f(k_j . q_t) u[e, j] for a tile of queries (lanes) and a tile of keys (rows).
+// y[e, t] += sum_j f(k_j . q_t) u[e, j] for a tile of queries (lanes) and a tile of keys (rows). weights: [kScoreRows, panel].
 template <class T>
 void attend(const Problem& p, const Columns<T>& q, Index queries, const KeyTile<T>& keys, const Pairing<T>& at,
-            const ScoreBlocks<T>& blocks, const Columns<T>& y) {
+            T* weights, const Columns<T>& y) {
   constexpr Index N = kPanel<T>;
   const Index d = p.layout->head_dim, degree = p.layout->degree;
-  T* weights = blocks.weights;
   for (Index t = 0; t < queries; t += N) {
     const Index limit = at.masked && t + N < keys.count ? t + N : keys.count;
     for (Index first = 0; first < limit; first += kScoreRows) {
@@ -94,48 +95,64 @@ void attend(const Problem& p, const Columns<T>& q, Index queries, const KeyTile<
   }
 }
 
-// dq[c, t] += the gradient of `attend` by the queries, given g[e, t] = the gradient by y. u_rows: keys.u as [tokens, E].
+// to[r, :] += sum_t slopes[r, t] rows[t, :] for `keys` keys, whose slopes lie in panels [kScoreRows, panel]; `width`
+// entries of a row, whole panels.
 template <class T>
-void attend_by_queries(const Problem& p, const T* slope, const Columns<T>& q, const Columns<T>& g, Index queries,
-                       const KeyTile<T>& keys, const T* u_rows, const Pairing<T>& at, const ScoreBlocks<T>& blocks,
-                       const Columns<T>& dq) {
-  constexpr Index N = kPanel<T>;
-  const Index d = p.layout->head_dim, degree = p.layout->degree;
-  if (degree == 0) return;
-  T *scores = blocks.scores, *slopes = blocks.slopes;
-  for (Index t = 0; t < queries; t += N) {
-    const Index limit = at.masked && t + N < keys.count ? t + N : keys.count;
-    for (Index first = 0; first < limit; first += kScoreRows) {
-      const Index count = limit - first < kScoreRows ? limit - first : kScoreRows;
-      store_product<T>(count, u_rows + first * p.columns, p.columns, g.row(0) + t, g.stride, p.columns, slopes);
-      store_product<T>(count, keys.rows + first * d, d, q.row(0) + t, q.stride, d, scores);
-      evaluate<true, T>(slope, degree - 1, scores, count * N, slopes);
-      restrict_rows(slopes, at, t, first, count, true);
-      add_product<T>(d, keys.x.row(0) + first, keys.x.stride, slopes, count, dq, t);
-    }
-  }
+INLINE void add_by_rows(Index count, const T* slopes, Index keys, const T* rows, Index width, T* to) {
+  constexpr Index L = kLanes<T>, N = kPanel<T>;
+  for (Index c = 0; c < width; c += N)
+    for_tiles(count, [&](auto height, Index first) INLINE_LAMBDA {
+      constexpr int R = decltype(height)::value;
+      Vector<T> sums[R][2];
+      clear<R, T>(sums);
+      for (Index t = 0; t < keys; t += N) {
+        const T *a = slopes + t * kScoreRows + first * N, *b = rows + t * width + c;
+        const Index depth = keys - t < N ? keys - t : N;
+        for (Index k = 0; k < depth; ++k) add_product<R, T>(sums, a + k, N, b + k * width);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        T* at = to + (first + r) * width + c;
+        store(at, load(at) + sums[r][0]);
+        store(at + L, load(at + L) + sums[r][1]);
+      }
+    });
 }
 
-// dk[c, t] and du[e, t] += the gradients of `attend` by a tile of keys (lanes). q_rows [queries, d], g_rows [queries, E].
+// The gradients of `attend`, given those by y, for a tile of queries (rows) and a tile of keys (lanes): added to
+// dk[c, t] and du[e, t], and to the queries' dq [tokens, width].
 template <class T>
-void attend_by_keys(const Problem& p, const T* slope, const T* q_rows, const T* g_rows, const Columns<T>& q,
-                    const Columns<T>& g, Index queries, const KeyTile<T>& keys, const Pairing<T>& at,
-                    const ScoreBlocks<T>& blocks, const Columns<T>& dk, const Columns<T>& du) {
-  constexpr Index N = kPanel<T>;
-  const Index d = p.layout->head_dim, degree = p.layout->degree, columns = p.columns;
-  T *scores = blocks.scores, *weights = blocks.weights, *slopes = blocks.slopes;
-  for (Index t = 0; t < keys.count; t += N) {
-    for (Index first = at.masked ? t : 0; first < queries; first += kScoreRows) {
-      const Index count = queries - first < kScoreRows ? queries - first : kScoreRows;
-      store_product<T>(count, q_rows + first * d, d, keys.x.row(0) + t, keys.x.stride, d, scores);
-      evaluate<false, T>(static_cast<const T*>(p.coefficients), degree, scores, count * N, weights);
-      restrict_rows(weights, at, t, first, count, false);
-      add_product<T>(columns, g.row(0) + first, g.stride, weights, count, du, t);
+void attend_backward(const Problem& p, const T* slope, const QueryTile<T>& queries, const KeyTile<T>& keys,
+                     const Pairing<T>& at, const ScoreBlocks<T>& blocks, const Columns<T>& dk, const Columns<T>& du, T* dq) {
+  constexpr Index N = kPanel<T>, kWide = kSlopePanels * N;
+  const Index d = p.layout->head_dim, degree = p.layout->degree, columns = p.columns, width = round_up(d, N);
+  T *scores = blocks.scores, *weights = blocks.weights;
+  for (Index first = 0; first < queries.count; first += kScoreRows) {
+    const Index end = queries.count - first < kScoreRows ? queries.count : first + kScoreRows;
+    const Index seen = at.masked && end < keys.count ? end : keys.count;
+    for (Index from = 0; from < seen; from += kWide) {
+      const Index to = seen - from < kWide ? seen : from + kWide;
+      for (Index t = from; t < to; t += N) {
+        const Index begin = at.masked && first < t ? t : first, count = end - begin;  // earlier queries do not see the keys
+        store_product<T>(count, queries.q_rows + begin * d, d, keys.x.row(0) + t, keys.x.stride, d, scores);
+        evaluate<false, T>(static_cast<const T*>(p.coefficients), degree, scores, count * N, weights);
+        restrict_rows(weights, at, t, begin, count, false);
+        add_product<T>(columns, queries.g.row(0) + begin, queries.g.stride, weights, count, du, t);
+        if (degree == 0) continue;
+        T* slopes = blocks.slopes + (t - from) * kScoreRows + (begin - first) * N;
+        store_product<T>(count, queries.g_rows + begin * columns, columns, keys.u.row(0) + t, keys.u.stride, columns, slopes);
+        evaluate<true, T>(slope, degree - 1, scores, count * N, slopes);
+        restrict_rows(slopes, at, t, begin, count, false);
+        add_product<T>(d, queries.q.row(0) + begin, queries.q.stride, slopes, count, dk, t);
+      }
       if (degree == 0) continue;
-      store_product<T>(count, g_rows + first * columns, columns, keys.u.row(0) + t, keys.u.stride, columns, slopes);
-      evaluate<true, T>(slope, degree - 1, scores, count * N, slopes);
-      restrict_rows(slopes, at, t, first, count, false);
-      add_product<T>(d, q.row(0) + first, q.stride, slopes, count, dk, t);
+      Index begin = at.masked && first < from ? from : first;
+      while (begin < end) {  // a panel of queries sees the panels of keys up to its own
+        const bool edge = at.masked && begin < to;
+        const Index count = edge && begin + N < end ? N : end - begin, last = edge && begin + N < to ? begin + N : to;
+        add_by_rows<T>(count, blocks.slopes + (begin - first) * N, last - from, keys.padded + from * width, width, dq + begin * width);
+        begin += count;
+      }
     }
   }
 }

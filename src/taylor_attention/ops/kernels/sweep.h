@@ -24,7 +24,7 @@ template <class T> struct Sweep {
         columns(end - begin), row(row), batch(row / p.heads), head(row % p.heads), tile(tile_of(p)),
         moments_used(!p.direct || p.keep || p.started), keys(p, tile, begin, end), q(d, tile), y(columns, tile),
         by_token(layout, moments_used ? tile : 0), by_monomial(layout, moments_used ? tile : 0), packed(columns),
-        scaled(columns * (tile + 16)), decay(p.log_decay ? p.chunk : 0) {}
+        scaled(columns * (tile + 16)), block(kScoreRows * kPanel<T>), decay(p.log_decay ? p.chunk : 0) {}
 
   Index length(Index first, Index stop, Index most) const { return stop - first < most ? stop - first : most; }
 
@@ -100,7 +100,7 @@ template <class T> struct Sweep {
         }
         tiles(first_key, p.causal ? first + tokens : last_key, [&](Index key, Index count) {
           keys.load(row, key, count);
-          attend<T>(p, q, tokens, keys, {first - from, key - from, p.causal && key == first, decaying()}, blocks, y);
+          attend<T>(p, q, tokens, keys, {first - from, key - from, p.causal && key == first, decaying()}, block, y);
         });
         T* out = static_cast<T*>(p.out) + ((batch * p.heads + head) * p.group + member) * p.queries * p.columns;
         transpose<T>(y.row(0), y.stride, columns, tokens, out + first * p.columns + begin, p.columns);
@@ -109,57 +109,40 @@ template <class T> struct Sweep {
 
   // ---- backward ------------------------------------------------------------------------------------------------------
 
-  const T* grad_of(Index member, Index first) const {
-    return static_cast<const T*>(p.grad) +
-           (((batch * p.heads + head) * p.group + member) * p.queries + first) * p.columns;
-  }
-
   // d f / d s: coefficients [degree].
   void fill_slope(T* slope) const {
     for (Index i = 1; i <= layout.degree; ++i) slope[i - 1] = T(i) * static_cast<const T*>(p.coefficients)[i];
   }
 
-  void backward_queries() {
-    Buffer<T> own(p.sums || !moments_used ? 0 : columns * features), slope(layout.degree + 1), u_rows(tile * columns);
+  // dq [group, queries, d] = what the moments pass to the queries that read them.
+  void backward_queries(T* dq) {
+    Buffer<T> own(p.sums ? 0 : columns * features);
     T* sums = p.sums ? static_cast<T*>(p.sums) + row * columns * features : own;
-    if (!p.sums && moments_used) fill(sums, columns * features, T(0));
-    fill_slope(slope);
-    const Columns<T> g(columns, tile), faded(p.log_decay ? columns : 0, tile), dq(d, tile);
-    const TokenPanels<T> slopes(layout, moments_used ? tile : 0);
-    auto differentiate = [&](Index from, Index to, Index first_key, Index last_key, bool past) {
+    if (!p.sums) fill(sums, columns * features, T(0));
+    QueryTile<T> queries(p, tile);
+    const Columns<T> slope(d, tile);
+    const TokenPanels<T> slopes(layout, tile);
+    auto differentiate = [&](Index from, Index to) {
       for (Index member = 0; member < p.group; ++member)
         tiles(from, to, [&](Index first, Index tokens) {
-          load_queries(member, first, tokens);
-          load_columns<T>(grad_of(member, first), columns, tokens, columns, g);
-          fill(dq.row(0), d * dq.stride, T(0));
-          if (past) {
-            form<T>(layout, q, tokens, by_token);
-            if (p.log_decay) {
-              memcpy(faded.data, g.data, columns * g.stride * sizeof(T));
-              scale_columns(faded, columns, tokens, decay.from_start + (first - from));
-            }
-            add_slope<T>(layout, sums, columns, weights(), q, tokens, by_token, packed, p.log_decay ? faded : g, slopes,
-                         dq, nullptr);
-          }
-          tiles(first_key, p.causal ? first + tokens : last_key, [&](Index key, Index count) {
-            keys.load(row, key, count);
-            transpose<T>(keys.u.row(0), keys.u.stride, columns, count, u_rows, columns);
-            const Pairing<T> at = {first - from, key - from, p.causal && key == first, decaying()};
-            attend_by_queries<T>(p, slope, q, g, tokens, keys, u_rows, at, blocks, dq);
-          });
-          T* to_rows = static_cast<T*>(p.query_grad) +
-                       (((batch * p.heads + head) * p.group + member) * p.queries + first) * d;
-          transpose<T>(dq.row(0), dq.stride, d, tokens, to_rows, d);
+          queries.load(row, member, first, tokens);
+          fill(slope.row(0), d * slope.stride, T(0));
+          form<T>(layout, queries.q, tokens, by_token);
+          if (p.log_decay) scale_columns(queries.g, columns, tokens, decay.from_start + (first - from));
+          add_slope<T>(layout, sums, columns, weights(), queries.q, tokens, by_token, packed, queries.g, slopes, slope, nullptr);
+          transpose<T>(slope.row(0), slope.stride, d, tokens, dq + (member * p.queries + first) * d, d);
         });
     };
     if (!p.causal) {
       if (!p.direct) append<0>(sums, nullptr, 0, p.keys);
-      return differentiate(0, p.queries, 0, p.direct ? p.keys : 0, p.direct ? p.started : true);
+      return differentiate(0, p.queries);
     }
+    const Index start = p.started ? 0 : p.chunk < p.keys ? p.chunk : p.keys;  // of the first query that reads any
+    for (Index member = 0; member < p.group; ++member) fill(dq + member * p.queries * d, start * d, T(0));
     for (Index from = 0; from < p.keys; from += p.chunk) {
       const Index to = from + length(from, p.keys, p.chunk);
       load_decay(from, to);
-      differentiate(from, to, from, to, from || p.started);
+      if (from || p.started) differentiate(from, to);
       if (to < p.keys) {
         fade(sums, nullptr);
         append<0>(sums, nullptr, from, to);
@@ -167,40 +150,38 @@ template <class T> struct Sweep {
     }
   }
 
-  void backward_keys() {
+  // Gradients of keys and values, and what the scores inside chunks pass to the queries, added to dq. Of several `parts`
+  // each takes its share of the tiles of keys; the first one finds the gradient of the moments at the start.
+  void backward_keys(Index part, Index parts, T* dq) {
     const Index size = columns * features;
-    Buffer<T> own(p.start_grad || !moments_used ? 0 : size), slope(layout.degree + 1);
-    T* by_moments = p.start_grad ? static_cast<T*>(p.start_grad) + row * size : own;
-    if (moments_used || p.start_grad) {
+    const bool given = p.start_grad && part == 0;
+    Buffer<T> own(given || !moments_used ? 0 : size), slope(layout.degree + 1), padded(tile * round_up(d, kPanel<T>));
+    T* by_moments = given ? static_cast<T*>(p.start_grad) + row * size : own;
+    if (moments_used || given) {
       if (p.end_grad) memcpy(by_moments, static_cast<const T*>(p.end_grad) + row * size, size * sizeof(T));
       else fill(by_moments, size, T(0));
     }
     fill_slope(slope);
-    const Columns<T> g(columns, tile), faded(p.log_decay ? columns : 0, tile), dk(d, tile), du(columns, tile);
+    QueryTile<T> queries(p, tile);
+    const Columns<T> faded(p.log_decay ? columns : 0, tile), dk(d, tile), du(columns, tile);
     const TokenPanels<T> slopes(layout, moments_used ? tile : 0);
-    Buffer<T> q_rows(tile * d), g_rows(tile * columns);
+    const ScoreBlocks<T> blocks;
 
-    auto load = [&](Index member, Index first, Index tokens) {
-      const T* from = tokens_of<T>(p.query, batch, head * p.group + member, first);
-      for (Index t = 0; t < tokens; ++t) memcpy(q_rows + t * d, from + t * p.query.token, d * sizeof(T));
-      load_columns<T>(q_rows, d, tokens, d, q);
-      memcpy(g_rows, grad_of(member, first), tokens * columns * sizeof(T));
-      load_columns<T>(g_rows, columns, tokens, columns, g);
-    };
     // What the queries from..to pass to the moments that they read.
     auto gather = [&](Index from, Index to) {
       for (Index member = 0; member < p.group; ++member)
         tiles(from, to, [&](Index first, Index tokens) {
-          load(member, first, tokens);
-          form<T>(layout, q, tokens, by_monomial);
+          queries.load(row, member, first, tokens);
+          form<T>(layout, queries.q, tokens, by_monomial);
           const T* scale = p.log_decay ? decay.from_start + (first - from) : nullptr;
-          update<0, T>(layout, by_monomial, q.row(0), q.stride, g.row(0), g.stride, scale, columns, tokens, scaled,
-                    weights(), by_moments, nullptr);
+          update<0, T>(layout, by_monomial, queries.q.row(0), queries.q.stride, queries.g.row(0), queries.g.stride, scale,
+                       columns, tokens, scaled, weights(), by_moments, nullptr);
         });
     };
     // Gradients of the keys from..to, which are in the moments (if read_later) and seen by the queries of their chunk.
     auto differentiate = [&](Index from, Index to, Index first_query, Index last_query, bool read_later) {
       tiles(from, to, [&](Index first, Index tokens) {
+        if (first / tile % parts != part) return;
         keys.load(row, first, tokens);
         fill(dk.row(0), d * dk.stride, T(0));
         fill(du.row(0), columns * du.stride, T(0));
@@ -217,9 +198,12 @@ template <class T> struct Sweep {
         }
         for (Index member = 0; member < p.group; ++member)
           tiles(p.causal ? first : first_query, last_query, [&](Index query, Index count) {
-            load(member, query, count);
+            T* rows = dq + (member * p.queries + query) * d;
+            queries.load(row, member, query, count);
+            pad_rows<T>(rows, count, d, padded);
             const Pairing<T> at = {first - from, query - from, p.causal && query == first, decaying()};
-            attend_by_keys<T>(p, slope, q_rows, g_rows, q, g, count, keys, at, blocks, dk, du);
+            attend_backward<T>(p, slope, queries, keys, at, blocks, dk, du, padded);
+            for (Index t = 0; t < count; ++t) memcpy(rows + t * d, padded + t * round_up(d, kPanel<T>), d * sizeof(T));
           });
         const Index at = row * p.keys + first;
         transpose<T>(dk.row(0), dk.stride, d, tokens, static_cast<T*>(p.key_grad) + at * d, d);
@@ -230,7 +214,7 @@ template <class T> struct Sweep {
     if (!p.causal) {
       if (!p.direct) gather(0, p.queries);
       differentiate(0, p.keys, 0, p.direct ? p.queries : 0, p.direct ? p.keep : true);
-      if (p.direct && p.started) gather(0, p.queries);
+      if (p.direct && p.started && part == 0) gather(0, p.queries);
       return;
     }
     for (Index from = (p.keys - 1) / p.chunk * p.chunk; from >= 0 && p.keys; from -= p.chunk) {
@@ -238,7 +222,7 @@ template <class T> struct Sweep {
       load_decay(from, to);
       differentiate(from, to, from, to, to < p.keys || p.keep);
       if (moments_used) fade(by_moments, nullptr);
-      if (from || p.started) gather(from, to);
+      if (from || (p.started && part == 0)) gather(from, to);
     }
   }
 
@@ -251,8 +235,7 @@ template <class T> struct Sweep {
   const TokenPanels<T> by_token;
   const MonomialPanels<T> by_monomial;
   PackedMoments<T> packed;
-  Buffer<T> scaled;
-  const ScoreBlocks<T> blocks;
+  Buffer<T> scaled, block;
   Decay<T> decay;
 };
 
@@ -293,12 +276,29 @@ template <class T> void forward_rows(const Problem& p) {
   });
 }
 
+// A row is one task where there are many rows, else two, whose gradients of the queries are summed afterwards; never more,
+// since each takes memory, and whatever the number of threads, on which no result may depend. Where scores alone count,
+// each takes every other tile of keys; else one takes what the queries read from the moments.
 template <class T> void backward_rows(const Problem& p) {
-  const Index rows = p.batch * p.heads;
-  run_tasks(2 * rows, p.threads, [&](Index task) {
-    Sweep<T> sweep(p, task % rows, 0, p.columns);
-    if (task < rows) sweep.backward_keys();  // the longer ones first
-    else sweep.backward_queries();
+  constexpr Index kManyRows = 32;
+  const Index rows = p.batch * p.heads, size = p.group * p.queries * p.layout->head_dim;
+  const Index parts = rows < kManyRows ? 2 : 1;
+  T* query_grad = static_cast<T*>(p.query_grad);
+  Buffer<T> others((parts - 1) * rows * size);
+  run_tasks(parts * rows, p.threads, [&](Index task) {
+    const Index row = task % rows, part = task / rows;
+    T* dq = (part ? static_cast<T*>(others) : query_grad) + row * size;
+    Sweep<T> sweep(p, row, 0, p.columns);
+    const bool read = !p.direct || p.started;  // by queries, from moments
+    if (read && part + 1 == parts) sweep.backward_queries(dq);
+    else fill(dq, size, T(0));
+    if (p.direct) sweep.backward_keys(part, parts, dq);
+    else if (part == 0) sweep.backward_keys(0, 1, dq);
+  });
+  if (parts == 1) return;
+  run_tasks(rows, p.threads, [&](Index row) {
+    T *to = query_grad + row * size, *from = others + row * size;
+    for (Index i = 0; i < size; ++i) to[i] += from[i];
   });
 }
 

@@ -20,10 +20,21 @@ void load_columns(const T* from, Index from_row, Index tokens, Index entries, co
   clear_padding(to, entries, tokens);
 }
 
+// Rows [tokens, entries] with zeros up to whole panels.
+template <class T> void pad_rows(const T* from, Index tokens, Index entries, T* to) {
+  const Index width = round_up(entries, kPanel<T>);
+  for (Index t = 0; t < tokens; ++t) {
+    memcpy(to + t * width, from + t * entries, entries * sizeof(T));
+    fill(to + t * width + entries, width - entries, T(0));
+  }
+}
+
 // Keys and columns u = [value, 1] of a tile; `begin..end` are the columns of u wanted. Hidden keys are all zeros.
 template <class T> struct KeyTile {
   KeyTile(const Problem& p, Index tile, Index begin, Index end)
-      : p(p), begin(begin), end(end), rows(tile * p.layout->head_dim), x(p.layout->head_dim, tile), u(end - begin, tile) {}
+      : p(p), begin(begin), end(end), rows(tile * p.layout->head_dim),
+        padded(p.grad ? tile * round_up(p.layout->head_dim, kPanel<T>) : 0), x(p.layout->head_dim, tile),
+        u(end - begin, tile) {}
 
   void load(Index row, Index first, Index tokens) {
     if (row == loaded_row && first == loaded) return;
@@ -42,13 +53,36 @@ template <class T> struct KeyTile {
       }
     clear_padding(u, end - begin, tokens);
     load_columns<T>(rows, d, tokens, d, x);
+    if (p.grad) pad_rows<T>(rows, tokens, d, padded);
   }
 
   const Problem& p;
   const Index begin, end;
   Index loaded_row = -1, loaded = -1, count = 0;
-  Buffer<T> rows;  // [tokens, d]
+  Buffer<T> rows, padded;  // [tokens, d], and, for gradients, with zeros up to whole panels
   Columns<T> x, u;
+};
+
+// Queries of a tile and the gradients by their results, as rows and as columns.
+template <class T> struct QueryTile {
+  QueryTile(const Problem& p, Index tile)
+      : p(p), q_rows(tile * p.layout->head_dim), g_rows(tile * p.columns), q(p.layout->head_dim, tile), g(p.columns, tile) {}
+
+  void load(Index row, Index member, Index first, Index tokens) {
+    const Index d = p.layout->head_dim, batch = row / p.heads, head = row % p.heads * p.group + member;
+    const T* query = tokens_of<T>(p.query, batch, head, first);
+    const T* grad = static_cast<const T*>(p.grad) + ((row * p.group + member) * p.queries + first) * p.columns;
+    count = tokens;
+    for (Index t = 0; t < tokens; ++t) memcpy(q_rows + t * d, query + t * p.query.token, d * sizeof(T));
+    load_columns<T>(q_rows, d, tokens, d, q);
+    memcpy(g_rows, grad, tokens * p.columns * sizeof(T));
+    load_columns<T>(g_rows, p.columns, tokens, p.columns, g);
+  }
+
+  const Problem& p;
+  Index count = 0;
+  Buffer<T> q_rows, g_rows;  // [tokens, d], [tokens, E]
+  Columns<T> q, g;
 };
 
 // The decay within a chunk. Groups of one panel of tokens each have marks, so that the factor of a pair of tokens in
