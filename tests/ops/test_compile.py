@@ -123,7 +123,7 @@ def arguments(pattern, name, recorded=True):
         sums = sums.requires_grad_(recorded)
     tensors = (*problem.arguments, problem.along.get("key_padding_mask"), problem.along.get("log_decay"), cu_seqlens)
     causal = problem.options.get("causal", True)
-    return *tensors, sums, compensation, (1.0, 1.0, 0.5), causal, 4, bool(keep or with_state), name
+    return *tensors, sums, compensation, (1.0, 1.0, 0.5), causal, 4, bool(keep or with_state), name, True
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -144,10 +144,11 @@ def test_the_backward_operator_passes_pytorchs_own_checks(name, pattern):
 def backward_arguments(pattern, name):
     """What the operator of the backward pass takes after `attend`."""
     given = arguments(pattern, name, recorded=False)
-    *tensors, coefficients, causal, chunk, keep, _ = given
-    out, end, _ = attend(*given)
+    *tensors, coefficients, causal, chunk, keep, _, _ = given
+    out, end, _, history = attend(*given)
     of_end = (torch.ones_like(end), end) if keep else (None, None)
-    return torch.ones_like(out), of_end[0], out, of_end[1], *tensors, coefficients, causal, chunk, name
+    kept = history if history.numel() else None
+    return torch.ones_like(out), of_end[0], out, of_end[1], *tensors, kept, coefficients, causal, chunk, name
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

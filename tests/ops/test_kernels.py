@@ -33,7 +33,7 @@ def sums_of(problem, backend, start=None, chunk=0, keep=True):
     gates = None if gates is None else gates.clamp(min=FULL_RESET)
     visible, causal = problem.along.get("key_padding_mask"), problem.options.get("causal", True)
     along = visible, gates, None
-    out, end, dropped = attend(query * scale, key, value, *along, *past, kernel, causal, chunk, keep, backend)
+    out, end, dropped, _ = attend(query * scale, key, value, *along, *past, kernel, causal, chunk, keep, backend)
     return out, end + dropped
 
 
@@ -309,7 +309,7 @@ def summed_tenths(backend, length, chunk, head_dim=1, degree=0, keep=True, causa
     value = torch.full((1, 1, length, 1), 0.1)
     query = key if causal else key[:, :, :0]
     kernel = (1.0, *[0.0] * degree)
-    out, end, dropped = attend(query, key, value, *[None] * 5, kernel, causal, chunk, keep, backend)
+    out, end, dropped, _ = attend(query, key, value, *[None] * 5, kernel, causal, chunk, keep, backend)
     tenths = value[0, 0, 0, 0].double() * torch.arange(1, length + 1)
     return out[0, 0, :, 0].double() / tenths[: out.shape[2]], (end.double() + dropped.double()) / tenths[-1]
 
@@ -331,7 +331,9 @@ def sum_equal(backend, length, gate=None, causal=True):
     key, value = torch.ones(1, 1, length, 1), torch.linspace(1, 2, 40).expand(1, 1, length, 40)
     gates = None if gate is None else torch.full((1, 1, length), gate)
     along = None, gates, None, None, None
-    _, end, dropped = attend(key[:, :, :0] if not causal else key, key, value, *along, (1.0,), causal, 0, True, backend)
+    _, end, dropped, _ = attend(
+        key[:, :, :0] if not causal else key, key, value, *along, (1.0,), causal, 0, True, backend
+    )
     rate = 0.0 if gates is None else gates[0, 0, 0].item()
     weight = length if rate == 0 else math.expm1(length * rate) / math.expm1(rate)
     return (end.double() + dropped.double())[0, 0, :40, 0] / (weight * value[0, 0, 0].double())

@@ -15,7 +15,7 @@ from ..errors import LARGEST_INT, expect, expect_bool, expect_int
 from .backends import uses_kernels
 from .hybrid import attend_hybrid
 from .normaliser import divide, divide_checked, note, resolve
-from .operator import attend
+from .operator import attend, is_recorded
 from .problem import FULL_RESET
 from .sequence import Sequence
 from .validation import (
@@ -203,7 +203,7 @@ def attention(
         )
         out, end, dropped, near, seen = found.out, found.sums, found.compensation, found.near, found.seen
     else:
-        out, end, dropped = attend(
+        out, end, dropped, _ = attend(
             q * scale,
             k,
             v,
@@ -217,6 +217,7 @@ def attention(
             chunk,
             return_state,
             backend,
+            is_recorded(q, k, v, gates, sums),
         )
         if not positive:
             seen = _visible_weight(q, k, v, key_padding_mask, gates, cu_seqlens, sums, compensation, causal, backend)

@@ -6,6 +6,7 @@ place is reported to autograd, as PyTorch's own operations do.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache, lru_cache, partial
@@ -23,10 +24,13 @@ from ..core.state import State
 from .normaliser import SAFE_SHARE
 from .problem import FULL_RESET, Gradients, Inputs, Problem, gradients
 from .reading import fit_limits
-from .tiling import KERNELS, choose
+from .tiling import KERNELS, Tiling, choose
 
 _PLAIN_CHUNKS = 16
 """Sums of more chunks than this are compensated."""
+
+_HISTORY = 2
+"""Moments before chunks are kept for the backward pass if they take at most so many times the inputs' memory."""
 
 _PARALLEL_WORK = 2**20
 """Multiplications of whole sequences below which waking another thread costs more than it brings."""
@@ -76,9 +80,23 @@ def describe(tensors: tuple[Tensor | None, ...]) -> Hashable:
     return found
 
 
+def history_shape(query: Tensor, key: Tensor, value: Tensor, problem: Problem, started: bool) -> tuple[int, ...]:
+    """Of `Inputs.history` for inputs like these; (0,) where the backward pass does as well or better without."""
+    tiling = _tiling(query, key, value, problem, started)
+    chunks = -(-int(key.shape[2]) // tiling.chunk)
+    shape = (
+        *map(int, key.shape[:2]),
+        chunks - 1,
+        value.shape[3] + 1,
+        feature_count(key.shape[3], len(problem.coefficients) - 1),
+    )
+    inputs = query.numel() + key.numel() + value.numel()
+    return shape if problem.causal and 0 < math.prod(shape) <= _HISTORY * inputs else (0,)
+
+
 def forward(inputs: Inputs, problem: Problem) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `chunked.forward`."""
-    call = _Call(inputs, problem, problem.keep)
+    call = _Call(inputs, problem, problem.keep, True)
     batch, heads, queries, _ = inputs.query.shape
     out = inputs.query.new_empty(batch, heads, queries, call.columns)
     kernels().forward(*call.numbers, out.data_ptr())
@@ -95,42 +113,30 @@ def backward(
     inputs: Inputs, problem: Problem, grad: Tensor, grad_end: Tensor | None, out: Tensor, end: Tensor | None
 ) -> Gradients:
     """As `chunked.backward`."""
-    call = _Call(inputs, problem, grad_end is not None)
+    call = _Call(inputs, problem, grad_end is not None, False)
     grad, grad_end = grad.contiguous(), None if grad_end is None else grad_end.contiguous()
     by_query, by_key = (x.new_empty(x.shape) for x in (inputs.query, inputs.key))
-    by_column = inputs.key.new_empty(*inputs.key.shape[:3], call.columns)
+    by_value, by_one = inputs.value.new_empty(inputs.value.shape), inputs.value.new_empty(inputs.value.shape[:3])
     by_start = None if inputs.sums is None else inputs.sums.new_empty(inputs.sums.shape)
-    results = (by_query, by_key, by_column, by_start)
+    results = (by_query, by_key, by_value, by_one, by_start)
     kernels().backward(*call.numbers, *map(address, (grad, grad_end, *results)))
     at_end = None if grad_end is None or end is None else (grad_end, end)
-    return gradients(inputs, by_query, by_key, by_column, by_start, (grad, out), at_end)
+    return gradients(inputs, *results, (grad, out), at_end)
 
 
 class _Call:
     """The arguments that both passes share, and the tensors that have to live as long as the call."""
 
-    def __init__(self, inputs: Inputs, problem: Problem, keep: bool) -> None:
+    def __init__(self, inputs: Inputs, problem: Problem, keep: bool, forward: bool) -> None:
         query, key, value = map(entries_together, (inputs.query, inputs.key, inputs.value))
         batch, heads, keys, head_dim = key.shape
         queries, group, degree = query.shape[2], query.shape[1] // heads, len(problem.coefficients) - 1
         self.columns = value.shape[3] + 1
         visible, self.poisoned = _visible(inputs)
         log_decay = None if inputs.log_decay is None else inputs.log_decay.contiguous()
-        tiling = choose(
-            max(1, batch * heads),
-            group,
-            queries,
-            keys,
-            head_dim,
-            self.columns,
-            degree,
-            causal=problem.causal,
-            has_state=inputs.sums is not None,
-            keep_state=keep,
-            chunk=problem.chunk,
-            costs=KERNELS,
-        )
-        self.sums, self.compensation = _moments_at_start(inputs, problem, keep or keys > _PLAIN_CHUNKS * tiling.chunk)
+        tiling = _tiling(query, key, value, problem, inputs.sums is not None)
+        wanted = forward and (keep or keys > _PLAIN_CHUNKS * tiling.chunk)
+        self.sums, self.compensation = _moments_at_start(inputs, problem, wanted)
         moments = keep or inputs.sums is not None or not tiling.direct
         coefficients, weights = _constants(head_dim, problem.coefficients, key.dtype, moments)
         self._alive = (query, key, value, visible, log_decay, coefficients, weights)
@@ -154,8 +160,28 @@ class _Call:
             *strided(query),
             *strided(key),
             *strided(value),
-            *map(address, (visible, log_decay, coefficients, weights, self.sums, self.compensation)),
+            *map(address, (visible, log_decay, coefficients, weights, self.sums, self.compensation, inputs.history)),
         )
+
+
+def _tiling(query: Tensor, key: Tensor, value: Tensor, problem: Problem, started: bool) -> Tiling:
+    """The same for both passes; a tracer's unknown sizes are pinned down."""
+    batch, heads, keys, head_dim = map(int, key.shape)
+    group, queries, columns = int(query.shape[1]) // heads, int(query.shape[2]), int(value.shape[3]) + 1
+    return choose(
+        max(1, batch * heads),
+        group,
+        queries,
+        keys,
+        head_dim,
+        columns,
+        len(problem.coefficients) - 1,
+        causal=problem.causal,
+        has_state=started,
+        keep_state=problem.keep,
+        chunk=problem.chunk and int(problem.chunk),
+        costs=KERNELS,
+    )
 
 
 def entries_together(x: Tensor) -> Tensor:

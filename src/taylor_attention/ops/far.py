@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from ..core.basis import feature_count
 from .heavy import Contest
-from .operator import attend
+from .operator import attend, is_recorded
 from .sequence import Sequence
 
 
@@ -46,7 +46,7 @@ class Far:
             x if x is None or x.shape[3] == features else x[..., :features].contiguous()  # of a lower degree
             for x in (self.sums, self.compensation)
         )
-        out, end, dropped = attend(
+        out, end, dropped, _ = attend(
             self.query,
             self.key,
             self.value,
@@ -60,6 +60,7 @@ class Far:
             chunk,
             keep,
             backend,
+            is_recorded(self.query, self.key, self.value, self.gates, self.sums),
         )
         if self.weighted:
             out = out[..., :-1]

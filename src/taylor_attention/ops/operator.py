@@ -14,9 +14,17 @@ from torch import Tensor
 
 from ..core.basis import feature_count
 from . import packed
-from .backends import pick
+from .backends import pick, uses_kernels
+from .compiled import history_shape
 from .problem import Inputs, Problem
 from .registry import register, register_autograd, without_autocast
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether gradients by some of these may be asked for; not told to a tracer, for which sizes may be symbols."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def _problem(coefficients: Sequence[float], causal: bool, chunk: int, keep: bool) -> Problem:
@@ -37,12 +45,17 @@ def _attend(
     chunk: int,
     keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    recorded: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Numerator and normaliser [B, Hq, Tq, E] and, if kept, moments and compensation at the end [N, Hkv, E, M].
 
     The tensors are those of `problem.Inputs`; N is the batch or the number of packed sequences; chunk 0: the library's.
+    Recorded: a backward pass is expected; the fourth result is what it can use (see `Inputs.history`).
     """
-    inputs = Inputs(query, key, value, visible, log_decay, sums, compensation)
+    shape = _history_shape(query, key, value, cu_seqlens, sums, coefficients, causal, chunk, keep, backend, recorded)
+    history = query.new_empty(shape)
+    room = history if len(shape) > 1 else None
+    inputs = Inputs(query, key, value, visible, log_decay, sums, compensation, room)
     problem, computing = _problem(coefficients, causal, chunk, keep), pick(backend, query.device)
     with without_autocast(query):
         if cu_seqlens is None:
@@ -50,17 +63,27 @@ def _attend(
         else:
             out, end, dropped = packed.forward(computing, inputs, problem, cu_seqlens)
     empty = query.new_empty(0)
-    return out, empty if end is None else end, empty.clone() if dropped is None else dropped
+    return out, empty if end is None else end, empty.clone() if dropped is None else dropped, history
+
+
+def _history_shape(  # type: ignore[no-untyped-def]
+    query, key, value, cu_seqlens, sums, coefficients, causal, chunk, keep, backend, recorded
+) -> tuple[int, ...]:
+    if not recorded or cu_seqlens is not None or not uses_kernels(backend, query.device):
+        return (0,)
+    return history_shape(query, key, value, _problem(coefficients, causal, chunk, keep), sums is not None)
 
 
 def _fake_attend(query, key, value, visible, log_decay, cu_seqlens, sums, compensation, coefficients, *rest):  # type: ignore[no-untyped-def]
-    _causal, _chunk, keep, _backend = rest
+    causal, chunk, keep, backend, recorded = (*rest, False)[:5]
     out = query.new_empty(*query.shape[:3], value.shape[3] + 1)
+    shape = _history_shape(query, key, value, cu_seqlens, sums, coefficients, causal, chunk, keep, backend, recorded)
+    history = query.new_empty(shape)
     if not keep:
-        return out, query.new_empty(0), query.new_empty(0)
+        return out, query.new_empty(0), query.new_empty(0), history
     sequences = key.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (sequences, key.shape[1], value.shape[3] + 1, feature_count(key.shape[3], len(coefficients) - 1))
-    return out, query.new_empty(shape), query.new_empty(shape)
+    return out, query.new_empty(shape), query.new_empty(shape), history
 
 
 def _attend_backward(
@@ -76,13 +99,14 @@ def _attend_backward(
     cu_seqlens: Tensor | None,
     sums: Tensor | None,
     compensation: Tensor | None,
+    history: Tensor | None,
     coefficients: Sequence[float],
     causal: bool,
     chunk: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, log_decay and sums (empty where that input is None)."""
-    inputs = Inputs(query, key, value, visible, log_decay, sums, compensation)
+    inputs = Inputs(query, key, value, visible, log_decay, sums, compensation, history)
     problem, computing = _problem(coefficients, causal, chunk, end is not None), pick(backend, query.device)
     with without_autocast(query):
         if cu_seqlens is None:
@@ -101,13 +125,14 @@ def _fake_attend_backward(grad, grad_end, out, end, query, key, value, visible, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, coefficients, causal, chunk, keep, backend = inputs
-    ctx.save_for_backward(output[0], output[1] if keep else None, *tensors)
+    *tensors, coefficients, causal, chunk, keep, backend, _ = inputs
+    history = output[3]
+    ctx.save_for_backward(output[0], output[1] if keep else None, *tensors, history if history.numel() else None)
     ctx.settings = (coefficients, causal, chunk, backend)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_end: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, grad_end: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     out, end, *tensors = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(out)
@@ -123,7 +148,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_end: Tensor | None, _: Tensor 
         None if log_decay is None else by_decay,
         None,
         None if sums is None else by_sums,
-        *([None] * 6),
+        *([None] * 7),
     )
 
 

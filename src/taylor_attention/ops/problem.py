@@ -31,7 +31,8 @@ class Inputs:
     """The tensors of one problem, all of the accumulating dtype.
 
     query [B, Hq, Tq, d], key [B, Hkv, Tk, d], value [B, Hkv, Tk, dv], visible bool [B, Tk], log_decay [B, Hkv, T],
-    and the moments at the start with their compensation, [B, Hkv, E, M].
+    and the moments at the start with their compensation, [B, Hkv, E, M]. history [B, Hkv, chunks - 1, E, M]: room for the
+    moments before every chunk but the first, which the forward pass fills and the backward pass reads; None: rebuilt.
     """
 
     query: Tensor
@@ -41,6 +42,7 @@ class Inputs:
     log_decay: Tensor | None
     sums: Tensor | None
     compensation: Tensor | None
+    history: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ def gradients(
     inputs: Inputs,
     by_query: Tensor,
     by_key: Tensor,
-    by_column: Tensor,
+    by_value: Tensor,
+    by_one: Tensor,
     by_start: Tensor | None,
     at_out: tuple[Tensor, Tensor],
     at_end: tuple[Tensor, Tensor] | None,
@@ -66,17 +69,18 @@ def gradients(
     """What a backward pass found, in its final form: nothing for hidden keys, and the gradient of the log decay.
 
     Args:
-        by_column: gradient by u = [v, 1], [B, Hkv, Tk, E].
+        by_value: gradient by values; by_one: by the 1 beside each, [B, Hkv, Tk].
         at_out: the gradient by the forward pass's [N | Z] and that result itself, [B, Hq, Tq, E].
         at_end: the same for the moments at the end, [B, Hkv, E, M], if they count.
     """
     hidden = None if inputs.visible is None else ~inputs.visible[:, None]
-    by_key, by_column = _hide(by_key, hidden), _hide(by_column, hidden)
+    by_key, by_value = _hide(by_key, hidden), _hide(by_value, hidden)
     by_decay = None
     if inputs.log_decay is not None:
-        by_decay = _by_log_decay(inputs.value, by_column, at_out, at_end)
+        by_one = by_one if hidden is None else by_one.masked_fill(hidden, 0)
+        by_decay = _by_log_decay(inputs.value, by_value, by_one, at_out, at_end)
         by_decay = by_decay if hidden is None else by_decay.masked_fill(hidden, 0)
-    return Gradients(by_query.contiguous(), by_key.contiguous(), by_column[..., :-1].contiguous(), by_decay, by_start)
+    return Gradients(by_query.contiguous(), by_key.contiguous(), by_value.contiguous(), by_decay, by_start)
 
 
 def _hide(x: Tensor, hidden: Tensor | None) -> Tensor:
@@ -85,7 +89,11 @@ def _hide(x: Tensor, hidden: Tensor | None) -> Tensor:
 
 
 def _by_log_decay(
-    value: Tensor, by_column: Tensor, at_out: tuple[Tensor, Tensor], at_end: tuple[Tensor, Tensor] | None
+    value: Tensor,
+    by_value: Tensor,
+    by_one: Tensor,
+    at_out: tuple[Tensor, Tensor],
+    at_end: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Gradient of the log decay, [B, Hkv, T].
 
@@ -94,7 +102,7 @@ def _by_log_decay(
     """
     heads = value.shape[1]
     by_total = torch.linalg.vecdot(*at_out).unflatten(1, (heads, -1)).sum(2)
-    by_total -= torch.linalg.vecdot(by_column[..., :-1], value) + by_column[..., -1]
+    by_total -= torch.linalg.vecdot(by_value, value) + by_one
     if at_end is not None:
         by_total[..., -1:] += (at_end[0] * at_end[1]).sum((2, 3))[..., None]
     return by_total.to(wide_dtype(value.device)).flip(-1).cumsum(-1).flip(-1).to(value.dtype)

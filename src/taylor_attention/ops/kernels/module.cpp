@@ -143,7 +143,7 @@ Problem read_problem(Numbers& numbers) {
   p.query = numbers.strided(), p.key = numbers.strided(), p.value = numbers.strided();
   p.visible = numbers.pointer<const std::uint8_t>(), p.log_decay = numbers.pointer<const void>();
   p.coefficients = numbers.pointer<const void>(), p.weights = numbers.pointer<const void>();
-  p.sums = numbers.pointer<void>(), p.compensation = numbers.pointer<void>();
+  p.sums = numbers.pointer<void>(), p.compensation = numbers.pointer<void>(), p.history = numbers.pointer<void>();
   return p;
 }
 
@@ -162,7 +162,8 @@ PyObject* backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Problem p = read_problem(numbers);
   p.grad = numbers.pointer<const void>(), p.end_grad = numbers.pointer<const void>();
   p.query_grad = numbers.pointer<void>(), p.key_grad = numbers.pointer<void>();
-  p.column_grad = numbers.pointer<void>(), p.start_grad = numbers.pointer<void>();
+  p.value_grad = numbers.pointer<void>(), p.one_grad = numbers.pointer<void>();
+  p.start_grad = numbers.pointer<void>();
   if (!numbers.complete() || !run([&] { kernels->backward(p, is_double); })) return nullptr;
   Py_RETURN_NONE;
 }

@@ -50,13 +50,16 @@ struct Problem {
   const void* weights;          // reading weights c_p C_p [M]
   void* sums;                   // [rows, E, M], changed in place; null: none before, none wanted
   void* compensation;           // the same, or null: plain sums
+  void* history;                // moments before every chunk but the first, [rows, chunks - 1, E, M]: forward written,
+                                // backward read; or null
   void* out;                    // [batch, heads x group, queries, E]
   // Backward only:
   const void* grad;             // like out
   const void* end_grad;         // [rows, E, M] or null
   void* query_grad;             // [batch, heads x group, queries, d]
   void* key_grad;               // [batch, heads, keys, d]
-  void* column_grad;            // [batch, heads, keys, E]: of [value, 1]
+  void* value_grad;             // [batch, heads, keys, E - 1]
+  void* one_grad;               // [batch, heads, keys]: of the 1 beside the value
   void* start_grad;             // [rows, E, M] or null
 };
 

@@ -70,11 +70,10 @@ INLINE void add_product(Index rows, const T* a, Index a_row, const T* b, Index d
   });
 }
 
-// Blocks of scores and of what follows from them, [kScoreRows, panel] each; slopes: of several panels.
+// Blocks of what follows from scores: weights of one panel [kScoreRows, panel], slopes of several.
 template <class T> struct ScoreBlocks {
-  ScoreBlocks() : scores(kSize), weights(kSize), slopes(kSlopePanels * kSize) {}
-  static constexpr Index kSize = kScoreRows * kPanel<T>;
-  Buffer<T> scores, weights, slopes;
+  ScoreBlocks() : weights(kScoreRows * kPanel<T>), slopes(kSlopePanels * kScoreRows * kPanel<T>) {}
+  Buffer<T> weights, slopes;
 };
 
 // y[e, t] += sum_j f(k_j . q_t) u[e, j] for a tile of queries (lanes) and a tile of keys (rows). weights: [kScoreRows, panel].
@@ -88,7 +87,7 @@ void attend(const Problem& p, const Columns<T>& q, Index queries, const KeyTile<
     for (Index first = 0; first < limit; first += kScoreRows) {
       const Index count = limit - first < kScoreRows ? limit - first : kScoreRows;
       store_product<T>(count, keys.rows + first * d, d, q.row(0) + t, q.stride, d, weights);
-      evaluate<false, T>(static_cast<const T*>(p.coefficients), degree, weights, count * N, weights);
+      evaluate<T>(static_cast<const T*>(p.coefficients), degree, weights, count * N);
       restrict_rows(weights, at, t, first, count, true);
       add_product<T>(keys.end - keys.begin, keys.u.row(0) + first, keys.u.stride, weights, count, y, t);
     }
@@ -126,7 +125,8 @@ void attend_backward(const Problem& p, const T* slope, const QueryTile<T>& queri
                      const Pairing<T>& at, const ScoreBlocks<T>& blocks, const Columns<T>& dk, const Columns<T>& du, T* dq) {
   constexpr Index N = kPanel<T>, kWide = kSlopePanels * N;
   const Index d = p.layout->head_dim, degree = p.layout->degree, columns = p.columns, width = round_up(d, N);
-  T *scores = blocks.scores, *weights = blocks.weights;
+  const T* coefficients = static_cast<const T*>(p.coefficients);
+  T* weights = blocks.weights;
   for (Index first = 0; first < queries.count; first += kScoreRows) {
     const Index end = queries.count - first < kScoreRows ? queries.count : first + kScoreRows;
     const Index seen = at.masked && end < keys.count ? end : keys.count;
@@ -134,16 +134,18 @@ void attend_backward(const Problem& p, const T* slope, const QueryTile<T>& queri
       const Index to = seen - from < kWide ? seen : from + kWide;
       for (Index t = from; t < to; t += N) {
         const Index begin = at.masked && first < t ? t : first, count = end - begin;  // earlier queries do not see the keys
-        store_product<T>(count, queries.q_rows + begin * d, d, keys.x.row(0) + t, keys.x.stride, d, scores);
-        evaluate<false, T>(static_cast<const T*>(p.coefficients), degree, scores, count * N, weights);
+        T* slopes = blocks.slopes + (t - from) * kScoreRows + (begin - first) * N;
+        store_product<T>(count, queries.q_rows + begin * d, d, keys.x.row(0) + t, keys.x.stride, d, weights);
+        if (degree > 0) {
+          store_product<T>(count, queries.g_rows + begin * columns, columns, keys.u.row(0) + t, keys.u.stride, columns, slopes);
+          evaluate_both<T>(coefficients, slope, degree, weights, count * N, slopes);
+          restrict_rows(slopes, at, t, begin, count, false);
+          add_product<T>(d, queries.q.row(0) + begin, queries.q.stride, slopes, count, dk, t);
+        } else {
+          evaluate<T>(coefficients, degree, weights, count * N);
+        }
         restrict_rows(weights, at, t, begin, count, false);
         add_product<T>(columns, queries.g.row(0) + begin, queries.g.stride, weights, count, du, t);
-        if (degree == 0) continue;
-        T* slopes = blocks.slopes + (t - from) * kScoreRows + (begin - first) * N;
-        store_product<T>(count, queries.g_rows + begin * columns, columns, keys.u.row(0) + t, keys.u.stride, columns, slopes);
-        evaluate<true, T>(slope, degree - 1, scores, count * N, slopes);
-        restrict_rows(slopes, at, t, begin, count, false);
-        add_product<T>(d, queries.q.row(0) + begin, queries.q.stride, slopes, count, dk, t);
       }
       if (degree == 0) continue;
       Index begin = at.masked && first < from ? from : first;

@@ -83,8 +83,15 @@ template <class T> struct Sweep {
       if (to < p.keys || p.keep) {
         fade(sums, compensation);
         append<kChain>(sums, compensation, from, to);
+        if (to < p.keys && p.history) memcpy(before(to) + begin * features, sums, columns * features * sizeof(T));
       }
     }
+  }
+
+  // Where the moments before a chunk that begins at `from` are kept, [E, M].
+  T* before(Index from) const {
+    const Index chunks = (p.keys - 1) / p.chunk;  // that have one
+    return static_cast<T*>(p.history) + (row * chunks + from / p.chunk - 1) * p.columns * features;
   }
 
   // Write the rows of the queries from..to, which see the moments (if past) and the keys first_key..last_key.
@@ -122,28 +129,29 @@ template <class T> struct Sweep {
     QueryTile<T> queries(p, tile);
     const Columns<T> slope(d, tile);
     const TokenPanels<T> slopes(layout, tile);
-    auto differentiate = [&](Index from, Index to) {
+    auto differentiate = [&](Index from, Index to, const T* moments) {
       for (Index member = 0; member < p.group; ++member)
         tiles(from, to, [&](Index first, Index tokens) {
           queries.load(row, member, first, tokens);
           fill(slope.row(0), d * slope.stride, T(0));
           form<T>(layout, queries.q, tokens, by_token);
           if (p.log_decay) scale_columns(queries.g, columns, tokens, decay.from_start + (first - from));
-          add_slope<T>(layout, sums, columns, weights(), queries.q, tokens, by_token, packed, queries.g, slopes, slope, nullptr);
+          add_slope<T>(layout, moments, columns, weights(), queries.q, tokens, by_token, packed, queries.g, slopes, slope,
+                       nullptr);
           transpose<T>(slope.row(0), slope.stride, d, tokens, dq + (member * p.queries + first) * d, d);
         });
     };
     if (!p.causal) {
       if (!p.direct) append<0>(sums, nullptr, 0, p.keys);
-      return differentiate(0, p.queries);
+      return differentiate(0, p.queries, sums);
     }
     const Index start = p.started ? 0 : p.chunk < p.keys ? p.chunk : p.keys;  // of the first query that reads any
     for (Index member = 0; member < p.group; ++member) fill(dq + member * p.queries * d, start * d, T(0));
     for (Index from = 0; from < p.keys; from += p.chunk) {
       const Index to = from + length(from, p.keys, p.chunk);
       load_decay(from, to);
-      if (from || p.started) differentiate(from, to);
-      if (to < p.keys) {
+      if (from || p.started) differentiate(from, to, from && p.history ? before(from) : sums);
+      if (to < p.keys && !p.history) {
         fade(sums, nullptr);
         append<0>(sums, nullptr, from, to);
       }
@@ -203,11 +211,12 @@ template <class T> struct Sweep {
             pad_rows<T>(rows, count, d, padded);
             const Pairing<T> at = {first - from, query - from, p.causal && query == first, decaying()};
             attend_backward<T>(p, slope, queries, keys, at, blocks, dk, du, padded);
-            for (Index t = 0; t < count; ++t) memcpy(rows + t * d, padded + t * round_up(d, kPanel<T>), d * sizeof(T));
+            copy_rows<T>(padded, round_up(d, kPanel<T>), count, d, rows, d);
           });
         const Index at = row * p.keys + first;
         transpose<T>(dk.row(0), dk.stride, d, tokens, static_cast<T*>(p.key_grad) + at * d, d);
-        transpose<T>(du.row(0), du.stride, columns, tokens, static_cast<T*>(p.column_grad) + at * columns, columns);
+        transpose<T>(du.row(0), du.stride, columns - 1, tokens, static_cast<T*>(p.value_grad) + at * (columns - 1), columns - 1);
+        memcpy(static_cast<T*>(p.one_grad) + at, du.row(columns - 1), tokens * sizeof(T));
       });
     };
 

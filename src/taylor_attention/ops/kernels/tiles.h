@@ -20,13 +20,28 @@ void load_columns(const T* from, Index from_row, Index tokens, Index entries, co
   clear_padding(to, entries, tokens);
 }
 
-// Rows [tokens, entries] with zeros up to whole panels.
+// Rows [tokens, entries], with row strides; rows are short, and calls of memcpy take longer than they.
+template <class T>
+INLINE void copy_rows(const T* from, Index from_row, Index tokens, Index entries, T* to, Index to_row) {
+  constexpr Index L = kLanes<T>;
+  if (from_row == entries && to_row == entries) {
+    memcpy(to, from, tokens * entries * sizeof(T));
+    return;
+  }
+  for (Index t = 0; t < tokens; ++t, from += from_row, to += to_row) {
+    Index e = 0;
+    for (; e + L <= entries; e += L) store(to + e, load(from + e));
+    for (; e < entries; ++e) to[e] = from[e];
+  }
+}
+
+// The same, from contiguous rows, with zeros up to whole panels.
 template <class T> void pad_rows(const T* from, Index tokens, Index entries, T* to) {
   const Index width = round_up(entries, kPanel<T>);
-  for (Index t = 0; t < tokens; ++t) {
-    memcpy(to + t * width, from + t * entries, entries * sizeof(T));
-    fill(to + t * width + entries, width - entries, T(0));
-  }
+  copy_rows(from, entries, tokens, entries, to, width);
+  if (width == entries) return;
+  for (Index t = 0; t < tokens; ++t)
+    for (Index e = entries; e < width; ++e) to[t * width + e] = 0;
 }
 
 // Keys and columns u = [value, 1] of a tile; `begin..end` are the columns of u wanted. Hidden keys are all zeros.
@@ -41,7 +56,7 @@ template <class T> struct KeyTile {
     loaded_row = row, loaded = first, count = tokens;
     const Index d = p.layout->head_dim, batch = row / p.heads, head = row % p.heads;
     const T *key = tokens_of<T>(p.key, batch, head, first), *value = tokens_of<T>(p.value, batch, head, first);
-    for (Index t = 0; t < tokens; ++t) memcpy(rows + t * d, key + t * p.key.token, d * sizeof(T));
+    copy_rows<T>(key, p.key.token, tokens, d, rows, d);
     const Index values = (end < p.columns ? end : p.columns - 1) - begin;
     transpose<T>(value + begin, p.value.token, tokens, values, u.row(0), u.stride);
     if (end == p.columns) fill(u.row(values), tokens, T(1));
@@ -66,22 +81,22 @@ template <class T> struct KeyTile {
 // Queries of a tile and the gradients by their results, as rows and as columns.
 template <class T> struct QueryTile {
   QueryTile(const Problem& p, Index tile)
-      : p(p), q_rows(tile * p.layout->head_dim), g_rows(tile * p.columns), q(p.layout->head_dim, tile), g(p.columns, tile) {}
+      : p(p), q_rows(tile * p.layout->head_dim), q(p.layout->head_dim, tile), g(p.columns, tile) {}
 
   void load(Index row, Index member, Index first, Index tokens) {
+    if (member == loaded_member && first == loaded) return;
+    loaded_member = member, loaded = first, count = tokens;
     const Index d = p.layout->head_dim, batch = row / p.heads, head = row % p.heads * p.group + member;
-    const T* query = tokens_of<T>(p.query, batch, head, first);
-    const T* grad = static_cast<const T*>(p.grad) + ((row * p.group + member) * p.queries + first) * p.columns;
-    count = tokens;
-    for (Index t = 0; t < tokens; ++t) memcpy(q_rows + t * d, query + t * p.query.token, d * sizeof(T));
+    copy_rows<T>(tokens_of<T>(p.query, batch, head, first), p.query.token, tokens, d, q_rows, d);
     load_columns<T>(q_rows, d, tokens, d, q);
-    memcpy(g_rows, grad, tokens * p.columns * sizeof(T));
+    g_rows = static_cast<const T*>(p.grad) + ((row * p.group + member) * p.queries + first) * p.columns;
     load_columns<T>(g_rows, p.columns, tokens, p.columns, g);
   }
 
   const Problem& p;
-  Index count = 0;
-  Buffer<T> q_rows, g_rows;  // [tokens, d], [tokens, E]
+  Index loaded_member = -1, loaded = -1, count = 0;  // of one row
+  Buffer<T> q_rows;  // [tokens, d]
+  const T* g_rows;   // [tokens, E]
   Columns<T> q, g;
 };
 
@@ -123,10 +138,8 @@ template <class T> INLINE void scale_columns(const Columns<T>& x, Index rows, In
     for (Index t = 0; t < tokens; ++t) x.row(r)[t] *= factor[t];
 }
 
-// f(s) for `count` scores (whole panels), by Horner's rule with coefficients [degree + 1], in several independent chains:
-// to[i] = f(s[i]), times to[i] if asked.
-template <bool times, class T>
-void evaluate(const T* coefficients, Index degree, const T* scores, Index count, T* to) {
+// f(s) for `count` scores (whole panels), by Horner's rule with coefficients [degree + 1], in several independent chains.
+template <class T> void evaluate(const T* coefficients, Index degree, T* scores, Index count) {
   constexpr Index L = kLanes<T>, kChains = 6;
   for (Index i = 0; i < count; i += kChains * L) {
     const Index chains = (count - i) / L < kChains ? (count - i) / L : kChains;
@@ -140,17 +153,40 @@ void evaluate(const T* coefficients, Index degree, const T* scores, Index count,
         for (Index c = 0; c < kChains; ++c) value[c] = value[c] * load(scores + i + c * L) + coefficient;
       }
 #pragma GCC unroll 8
-      for (Index c = 0; c < kChains; ++c) {
-        T* at = to + i + c * L;
-        store(at, times ? load(at) * value[c] : value[c]);
-      }
+      for (Index c = 0; c < kChains; ++c) store(scores + i + c * L, value[c]);
       continue;
     }
     for (Index c = 0; c < chains; ++c) {
       Vector<T> one = broadcast(coefficients[degree]);
       for (Index p = degree - 1; p >= 0; --p) one = one * load(scores + i + c * L) + coefficients[p];
-      T* at = to + i + c * L;
-      store(at, times ? load(at) * one : one);
+      store(scores + i + c * L, one);
+    }
+  }
+}
+
+// The same for degrees above 0, and slopes[i] *= f'(s[i]), with its coefficients [degree].
+template <class T>
+void evaluate_both(const T* coefficients, const T* slope, Index degree, T* scores, Index count, T* slopes) {
+  constexpr Index L = kLanes<T>, kChains = kPanel<T> / L;
+  for (Index i = 0; i < count; i += kChains * L) {
+    Vector<T> score[kChains], value[kChains], steep[kChains];
+#pragma GCC unroll 8
+    for (Index c = 0; c < kChains; ++c) {
+      score[c] = load(scores + i + c * L);
+      value[c] = score[c] * coefficients[degree] + coefficients[degree - 1];
+      steep[c] = broadcast(slope[degree - 1]);
+    }
+    for (Index p = degree - 2; p >= 0; --p) {
+#pragma GCC unroll 8
+      for (Index c = 0; c < kChains; ++c) {
+        value[c] = value[c] * score[c] + coefficients[p];
+        steep[c] = steep[c] * score[c] + slope[p];
+      }
+    }
+#pragma GCC unroll 8
+    for (Index c = 0; c < kChains; ++c) {
+      store(scores + i + c * L, value[c]);
+      store(slopes + i + c * L, load(slopes + i + c * L) * steep[c]);
     }
   }
 }
