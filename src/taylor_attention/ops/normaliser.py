@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.series import Series
 from ..errors import NormaliserError, NormaliserWarning, expect_bool
+from . import division
 
 SAFE_SHARE = 1e-3
 """A normaliser below this share of what its keys would give at score zero counts as not safely positive."""
@@ -42,28 +43,28 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def divide(out: Tensor, empty: Tensor) -> Tensor:
     """N / Z from [N | Z]: zeros where no key was visible, NaN where Z is negative or infinite, as no true one is."""
-    z = out[..., -1]
-    z = z + z.detach().sqrt() * 0  # 0 times the root of what is negative or infinite is NaN
-    return out[..., :-1] / torch.where(empty, 1, z).unsqueeze(-1)
+    y: Tensor = division.divide(out, empty)[0]
+    return y
 
 
 def divide_checked(out: Tensor, seen: Tensor, constant: float) -> Tensor:
     """As `divide`; NaN rows where Z is not safely positive, and an error if gradients are recorded."""
     z = out[..., -1]
     unsafe = ~((z > SAFE_SHARE * abs(constant) * seen) & (z < torch.inf)) & (seen != 0)
-    report_unsafe(unsafe, out)
-    return divide(out, seen == 0).masked_fill(unsafe.unsqueeze(-1), torch.nan)
+    y = divide(out, seen == 0)
+    return y.masked_fill(unsafe.unsqueeze(-1), torch.nan) if report_unsafe(unsafe, out) else y
 
 
-def report_unsafe(unsafe: Tensor, out: Tensor) -> None:
-    """Say that rows are unsafe: an error if gradients of `out` are recorded; nothing where nobody can look."""
-    if torch.compiler.is_compiling() or out.is_meta:
-        return
+def report_unsafe(unsafe: Tensor, out: Tensor) -> bool:
+    """Say that rows are unsafe: an error if gradients of `out` are recorded; whether there may be any."""
+    if torch.compiler.is_compiling() or out.is_meta:  # nobody can look
+        return True
     count = int(unsafe.sum())
     if count and out.requires_grad:
         raise NormaliserError(_ADVICE.format(which=f"{count:,}"))
     if count:
         warn_unsafe()
+    return count > 0
 
 
 def warn_unsafe() -> None:
