@@ -128,8 +128,22 @@ MUTATIONS = [
     Mutation(
         "a query sees what comes after it (kernels)",
         "ops/kernels/sweep.h",
-        "p.causal && key == first, decaying()}, blocks, y);",
-        "false, decaying()}, blocks, y);",
+        "p.causal && key == first, decaying()}, block, y);",
+        "false, decaying()}, block, y);",
+        "tests/ops/test_kernels.py",
+    ),
+    Mutation(
+        "queries read the moments before another chunk than theirs (kernels)",
+        "ops/kernels/sweep.h",
+        "from && p.history ? before(from) : sums",
+        "from && p.history ? before(p.chunk) : sums",
+        "tests/ops/test_kernels.py",
+    ),
+    Mutation(
+        "queries miss their own panel of keys in gradients (kernels)",
+        "ops/kernels/scores.h",
+        "last = edge && begin + N < to ? begin + N : to;",
+        "last = edge && begin + N < to ? begin : to;",
         "tests/ops/test_kernels.py",
     ),
     Mutation(

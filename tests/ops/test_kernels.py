@@ -23,8 +23,14 @@ EXACT = TOLERANCE[torch.float64]
 SINGLE = TOLERANCE[torch.float32]
 
 
-def sums_of(problem, backend, start=None, chunk=0, keep=True):
+def sums_of(problem, backend, start=None, chunk=0, keep=True, recorded=True):
     """[N | Z] before the division, and the moments at the end, from the operator; `start` is a state."""
+    out, end, dropped, _ = attend(*arguments_of(problem, start, chunk, keep), backend, recorded)
+    return out, end + dropped
+
+
+def arguments_of(problem, start, chunk, keep):
+    """What the operator takes, up to the name of the backend."""
     query, key, value = problem.arguments
     scale = problem.options.get("scale", query.shape[3] ** -0.5)
     kernel = problem.options.get("series", series.EXP).coefficients(problem.degree)
@@ -33,8 +39,7 @@ def sums_of(problem, backend, start=None, chunk=0, keep=True):
     gates = None if gates is None else gates.clamp(min=FULL_RESET)
     visible, causal = problem.along.get("key_padding_mask"), problem.options.get("causal", True)
     along = visible, gates, None
-    out, end, dropped, _ = attend(query * scale, key, value, *along, *past, kernel, causal, chunk, keep, backend)
-    return out, end + dropped
+    return query * scale, key, value, *along, *past, kernel, causal, chunk, keep
 
 
 def gradients_of(problem, compute, start=None):
@@ -54,13 +59,13 @@ def assert_same(found, expected, tolerance=EXACT):
     assert max(errors) < tolerance
 
 
-def assert_right(problem, backend, start=None, chunk=0):
+def assert_right(problem, backend, start=None, chunk=0, recorded=True):
     """Outputs, moments and gradients are those of the definition, in float64."""
     assert_same(sums_of(problem, backend, start, chunk), sum_up(problem, None if start is None else start.sums))
 
     def compute(p, sums):
         state = None if start is None else replace(start, sums=sums)
-        return sums_of(p, backend, state, chunk)
+        return sums_of(p, backend, state, chunk, recorded=recorded)
 
     assert_same(gradients_of(problem, compute, start), gradients_of(problem, sum_up, start), 100 * EXACT)
 
@@ -113,14 +118,14 @@ def problems(draw):
     if draw(st.booleans(), label="started"):
         before = make(**{**options, "mask": None}, length=6, queries=6, seed=1)
         _, start = before.solve(return_state=True, backend="torch")
-    return problem, start, draw(st.integers(0, 80), label="chunk")
+    return problem, start, draw(st.integers(0, 80), label="chunk"), draw(st.booleans(), label="recorded")
 
 
 @given(drawn=problems())
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])  # one backend for all examples
 def test_any_problem(backend, drawn):
-    problem, start, chunk = drawn
-    assert_right(problem, backend, start, chunk)
+    problem, start, chunk, recorded = drawn
+    assert_right(problem, backend, start, chunk, recorded)
 
 
 @pytest.mark.parametrize("length", [257, 513, 640, 1100])
@@ -157,6 +162,35 @@ def test_tiles_that_many_monomials_make_small(backend):
     """A tile is 64 tokens here: a chunk has several, and so has the next one."""
     problem = make(heads=1, length=170, head_dim=16, value_dim=1, degree=6, decay="soft")
     assert_same(sums_of(problem, backend, chunk=100), sum_up(problem))
+
+
+MODES = {
+    "plain": {},
+    "decay and holes": {"decay": "hard", "mask": "holes"},
+    "groups": {"heads": 4, "kv_heads": 2},
+    "more rows than are cut": {"batch": 17},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("started", [True, False])
+@pytest.mark.parametrize("chunk", [0, 16, 23])
+def test_gradients_with_moments_kept_and_rebuilt(backend, mode, started, chunk):
+    """Rows of one task and of two, by scores alone and by moments, which a recorded pass keeps."""
+    sizes = {"heads": 2, "head_dim": 3, "value_dim": 2, "degree": 2, **MODES[mode]}
+    problem = make(length=70, **sizes)
+    start = make(length=9, seed=1, **sizes).solve(return_state=True)[1] if started else None
+    for recorded in (True, False):
+        kept = attend(*arguments_of(problem, start, chunk, True), backend, recorded)[3]
+        assert (kept.numel() > 0) == (recorded and chunk > 0)
+        assert_right(problem, backend, start, chunk, recorded)
+
+
+@pytest.mark.parametrize("sizes", [{"degree": 6}, {"causal": False}, {"length": 16}], ids=str)
+def test_moments_are_not_kept_where_they_do_not_pay(backend, sizes):
+    """More than twice the inputs; seen by all; of one chunk."""
+    problem = make(**{"length": 70, "head_dim": 4, "value_dim": 3, **sizes})
+    assert attend(*arguments_of(problem, None, 16, False), backend, True)[3].numel() == 0
 
 
 # ---- hidden keys, gates, borders -------------------------------------------------------------------------------------
@@ -245,6 +279,7 @@ THREADED = {
     "one row, fewer columns than threads": {"heads": 1, "value_dim": 0},
     "two rows": {"heads": 2, "mask": "holes"},
     "five rows": {"batch": 5, "heads": 1, "decay": "hard"},
+    "more rows than are cut": {"batch": 16, "heads": 2},
     "groups": {"heads": 6, "kv_heads": 2, "decay": "hard", "mask": "holes"},
     "all": {"heads": 1, "causal": False, "queries": 9},
     "all, many queries": {"heads": 3, "causal": False, "queries": 200},

@@ -31,8 +31,8 @@ class Inputs:
     """The tensors of one problem, all of the accumulating dtype.
 
     query [B, Hq, Tq, d], key [B, Hkv, Tk, d], value [B, Hkv, Tk, dv], visible bool [B, Tk], log_decay [B, Hkv, T],
-    and the moments at the start with their compensation, [B, Hkv, E, M]. history [B, Hkv, chunks - 1, E, M]: room for the
-    moments before every chunk but the first, which the forward pass fills and the backward pass reads; None: rebuilt.
+    and the moments at the start with their compensation, [B, Hkv, E, M]. history [B, Hkv, chunks - 1, E, M]: the
+    moments before every chunk but the first, which the forward pass writes and the backward one reads; None: rebuilt.
     """
 
     query: Tensor
