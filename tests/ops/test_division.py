@@ -1,4 +1,4 @@
-"""The operator that divides [N | Z]: beside its definition, where no key is visible, where Z is none, PyTorch's checks."""
+"""The operator that divides [N | Z]: beside its definition, where no key is visible, where Z is none; checks."""
 
 import pytest
 import torch
