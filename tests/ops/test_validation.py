@@ -185,7 +185,7 @@ def test_misuse_of_decoding_leaves_the_state_as_it_was(message, used, state):
 def test_what_is_put_into_a_state_after_a_good_call_is_looked_at(name, state):
     step(state)()
     setattr(state, name, getattr(state, name).new_zeros(7))
-    with pytest.raises(ArgumentError, match=f"^{name}: expected shape .*, got \\(7,\\)"):
+    with pytest.raises(ArgumentError, match=f"^{name}: expected .*, got \\(7,\\)"):
         step(state)()
 
 
