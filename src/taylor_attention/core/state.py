@@ -555,19 +555,19 @@ class State:
             tail_length, scale = int(metadata["tail_length"]), float.fromhex(metadata["scale"])
             own, near = {name: tensors[name] for name in _TENSORS}, Near.from_tensors(tensors)
             state = cls(**own, tail_length=tail_length, degree=degree, scale=scale, near=near)
-            state._check_layout()
+            state.check_layout_anew()
             state._check_values()
         except (KeyError, ValueError, OverflowError, IndexError, TypeError) as error:
             raise StorageError(f"state: expected the tensors and metadata of a State, got {error}") from error
         return state
 
-    def check_layout(self, *, anew: bool = False) -> None:
-        """Raise `ArgumentError` for a state put together by hand whose parts do not fit; looked at once, or anew."""
-        if anew or not self._fits:
-            self._check_layout()
+    def check_layout(self) -> None:
+        """Raise `ArgumentError` for a state put together by hand whose parts do not fit; each is looked at once."""
+        if not self._fits:
+            self.check_layout_anew()
             self._fits = True
 
-    def _check_layout(self) -> None:
+    def check_layout_anew(self) -> None:
         """Raise `ArgumentError` unless types, shapes and devices are those of a state of this degree."""
         for name in _TENSORS:
             tensor = getattr(self, name)

@@ -151,7 +151,7 @@ def _checked(tensors: tuple[Tensor | None, ...], state: State, options: tuple[An
     except (AttributeError, TypeError, RuntimeError):  # then the check has something to say
         return _check(*arguments)
     if found is None:
-        state.check_layout(anew=True)  # someone may have put other tensors into it
+        state.check_layout_anew()  # someone may have put other tensors into it
         found = _check(*arguments)
         if len(_known) >= _KNOWN_LIMIT:
             _known.clear()

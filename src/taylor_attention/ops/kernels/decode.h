@@ -252,7 +252,9 @@ template <class T, bool near> struct Decoding {
   INLINE void write_out(Index query_head, const T* total, T z, bool empty, bool bad) const {
     T* out = static_cast<T*>(s.out) + query_head * (s.columns - 1);
     const T by = empty ? T(1) : z > 0 && z < T(INFINITY) && !bad ? z : T(NAN);
-    for (Index e = 0; e + 1 < s.columns; ++e) out[e] = sum<T>(load(total + e * L)) / by;
+    Index e = 0;
+    for (; e + L < s.columns; e += L) store(out + e, sum_each<T>(total + e * L) / by);
+    for (; e + 1 < s.columns; ++e) out[e] = sum<T>(load(total + e * L)) / by;
   }
 
   // What the visible keys of a row would give at score zero.

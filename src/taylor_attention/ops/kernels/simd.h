@@ -101,6 +101,20 @@ template <class T> INLINE void turn(Vector<T> (&a)[kLanes<T>]) {
     }
 }
 
+// The sum of all lanes of as many vectors as one has lanes: as `sum` of each, to the last bit.
+template <class T> INLINE Vector<T> sum_each(const T* vectors) {
+  constexpr Index L = kLanes<T>;
+  Vector<T> a[L];
+#pragma GCC unroll 16
+  for (Index i = 0; i < L; ++i) a[i] = load(vectors + i * L);
+  turn<T>(a);
+#pragma GCC unroll 4
+  for (Index width = L / 2; width > 0; width /= 2)
+#pragma GCC unroll 8
+    for (Index i = 0; i < width; ++i) a[i] += a[i + width];
+  return a[0];
+}
+
 // [rows, columns] with row strides -> [columns, rows]: blocks of lanes x lanes in registers, the rest one by one.
 template <class T> void transpose(const T* from, Index from_row, Index rows, Index columns, T* to, Index to_row) {
   constexpr Index L = kLanes<T>;
