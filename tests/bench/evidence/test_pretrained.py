@@ -167,6 +167,8 @@ LOSSES = [told(SOFTMAX, 1.0, 2.0), told(WINDOW, 0.25, 2.4), told(BY_HEAD, 0.25, 
 def test_the_share_of_the_gap_is_told() -> None:
     assert EXPERIMENT.tables(LOSSES)[0].rows[2] == (BY_HEAD, "25%", "1", "1.0000", "2.1000", "75%")
     assert "windows by head close 75% of the gap" in EXPERIMENT.conclusions(LOSSES)[0]
+    worse = EXPERIMENT.conclusions([*LOSSES[:2], told(BY_HEAD, 0.25, 2.5)])[0]
+    assert "windows by head add 25% to the gap" in worse
 
 
 @pytest.mark.parametrize(

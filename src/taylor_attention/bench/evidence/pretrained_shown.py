@@ -214,12 +214,12 @@ def _tell_gap(losses: Losses, method: Method) -> str | None:
     closed = losses.closed(method)
     if closed is None:
         return None
-    own, plain, best = (losses.at(each) for each in (method, losses.rival(method), (SOFTMAX, 1.0)))
+    own, plain, best = (_digits(losses.at(each)) for each in (method, losses.rival(method), (SOFTMAX, 1.0)))
     tokens = losses.found[method][0].case["tokens"]
+    change = f"close {_percent(closed)} of" if closed > 0 else f"add {_percent(-closed)} to"
     return (
-        f"At {_percent(losses.share(method))} of the bytes of {tokens:,} cached tokens, "
-        f"windows by head close {_percent(closed)} of the gap between one window for all heads and softmax over the "
-        f"last positions: {_digits(own)}, {_digits(plain)}, {_digits(best)} nats per token."
+        f"At {_percent(losses.share(method))} of the bytes of {tokens:,} cached tokens, windows by head {change} the gap "
+        f"between one window for all heads and softmax over the last positions: {own}, {plain}, {best} nats per token."
     )
 
 
