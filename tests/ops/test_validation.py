@@ -181,7 +181,7 @@ def test_misuse_of_decoding_leaves_the_state_as_it_was(message, used, state):
     assert differences(state, before) == []
 
 
-@pytest.mark.parametrize("name", ["tokens", "log_decay", "tail_key", "tail_value", "tail_log_decay", "compensation"])
+@pytest.mark.parametrize("name", ["tokens", "log_decay", "tail_value", "tail_log_decay", "compensation"])
 def test_what_is_put_into_a_state_after_a_good_call_is_looked_at(name, state):
     step(state)()
     setattr(state, name, getattr(state, name).new_zeros(7))
