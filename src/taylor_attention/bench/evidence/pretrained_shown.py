@@ -219,7 +219,8 @@ def _tell_gap(losses: Losses, method: Method) -> str | None:
     change = f"close {_percent(closed)} of" if closed > 0 else f"add {_percent(-closed)} to"
     return (
         f"At {_percent(losses.share(method))} of the bytes of {tokens:,} cached tokens, windows by head {change} the "
-        f"gap between one window for all heads and softmax over the last positions: {own}, {plain}, {best} nats per token."
+        f"gap between one window for all heads and softmax over the last positions: {own}, {plain}, {best} nats per "
+        "token."
     )
 
 
