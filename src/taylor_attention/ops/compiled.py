@@ -65,11 +65,15 @@ def kernels() -> ModuleType:
     return module
 
 
-@cache
 def sees_tensors() -> bool:
     """Whether the kernels can look into tensors: PyTorch has a table of functions for this from 2.10 on."""
     module = _load()
-    return module is not None and bool(module.exchange(getattr(Tensor, "__dlpack_c_exchange_api__", None)))
+    return module is not None and _exchanges(module)
+
+
+@cache
+def _exchanges(module: ModuleType) -> bool:
+    return bool(module.exchange(getattr(Tensor, "__dlpack_c_exchange_api__", None)))
 
 
 def describe(tensors: tuple[Tensor | None, ...]) -> Hashable:
@@ -319,7 +323,7 @@ def plan_step(
     gain = far_gain is None or (far_gain.dtype == state.dtype and far_gain.is_contiguous())
     tail = width if coefficients else None
     with torch.inference_mode(False):
-        like = torch.empty(1, dtype=state.dtype).expand(batch, query_heads, 1, columns - 1)
+        like = torch.empty(1, dtype=state.dtype, device=state.device).expand(batch, query_heads, 1, columns - 1)
     return Step(partial(kernels().decode, *numbers), tail, like, together and gates and gain, constants)
 
 
