@@ -215,11 +215,11 @@ class SoftmaxAttention(Attention):
             sums = None if heads.log_decay is None else heads.log_decay.double().cumsum(-1)
             return self._attend(heads.query, heads.key, heads.value, sums, heads.key_padding_mask), None
         past = self._new_state(len(heads.key), heads.key.device, heads.key.dtype) if state is None else state
-        after = past.extended(*heads[1:5])
+        after = past.extended(*heads.cached)
         return self._attend_cache(heads.query, after), after
 
     def _mix_(self, heads: Heads, state: KeyValueCache) -> Tensor:
-        state.append_(*heads[1:5])
+        state.append_(*heads.cached)
         return self._attend_cache(heads.query, state)
 
     def _attend_cache(self, query: Tensor, cache: KeyValueCache) -> Tensor:

@@ -29,6 +29,11 @@ class Heads(NamedTuple):
     still_query: Tensor | None = None  # [B, Hq, T, d], before it was rotated, where the far part needs that
     still_key: Tensor | None = None  # [B, Hkv, T, d]
 
+    @property
+    def cached(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What a key/value cache takes in: key, value, log_decay, key_padding_mask."""
+        return self.key, self.value, self.log_decay, self.key_padding_mask
+
 
 class Attention(nn.Module):
     """What the twins share: projections, QK-norm, rotary positions, decay and the calls; a subclass mixes the values.

@@ -41,8 +41,9 @@ class ModelConfig:
             All if None.
         mlp_ratio: hidden width of the MLP over d_model.
 
-    Where the far past pays, what learned best beside its bytes was `window=128, rope="near", far_dim=32, far_layers=1,
-    conv=4, decay=None` with heads of 32 (docs/evidence.md, "Trained models").
+    Where the far past pays, what came closest to softmax with moments in fewer bytes than its cache was `window=128,
+    rope="near", far_dim=32, far_layers=1, conv=4, decay=None` with heads of 32; a longer window alone may do better
+    (docs/evidence.md, "Trained models").
     """
 
     vocab_size: int = 256

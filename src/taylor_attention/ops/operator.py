@@ -74,8 +74,22 @@ def _history_shape(  # type: ignore[no-untyped-def]
     return history_shape(query, key, value, _problem(coefficients, causal, chunk, keep), sums is not None)
 
 
-def _fake_attend(query, key, value, visible, log_decay, cu_seqlens, sums, compensation, coefficients, *rest):  # type: ignore[no-untyped-def]
-    causal, chunk, keep, backend, recorded = (*rest, False)[:5]
+def _fake_attend(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    visible,
+    log_decay,
+    cu_seqlens,
+    sums,
+    _,
+    coefficients,
+    causal,
+    chunk,
+    keep,
+    backend,
+    recorded=False,
+):
     out = query.new_empty(*query.shape[:3], value.shape[3] + 1)
     shape = _history_shape(query, key, value, cu_seqlens, sums, coefficients, causal, chunk, keep, backend, recorded)
     history = query.new_empty(shape)
