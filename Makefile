@@ -27,8 +27,12 @@ $(STAMP): pyproject.toml constraints.txt $(KERNELS)
 run: setup ## Show what the library does: constant time and memory per token on a real long text
 	@$(BIN)/taylor-attention demo
 
-bench: setup ## Measure attention on this machine beside softmax (half an hour; results in runs/bench)
-	@$(BIN)/taylor-attention bench
+bench: setup ## Measure attention on this machine beside softmax (half an hour); DOCS=1: renew docs with it
+	@$(BIN)/taylor-attention bench $(if $(AGAINST),--against $(AGAINST)) $(if $(RESUME),--resume)
+ifdef DOCS
+	@cp runs/bench/speed.json docs/results
+	@$(BIN)/taylor-attention report --results docs/results --markdown docs/evidence.md --out runs/bench/report.html
+endif
 
 # Cases that are timed run alone, the others side by side. Only a full run is kept in docs.
 REPORT := runs/$(if $(QUICK),quick,report)

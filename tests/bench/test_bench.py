@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,9 @@ from click.testing import CliRunner, Result
 
 from taylor_attention.bench.cases import Case, Outcome
 from taylor_attention.bench.cases import Result as Measured
+from taylor_attention.bench.evidence.results import read_results
 from taylor_attention.bench.machine import Machine
 from taylor_attention.cli import bench as command
-from taylor_attention.cli import bench_report
 from taylor_attention.cli.app import app
 
 FAST = ["--quick", "--width", "16", "--head-dim", "8", "--repeats", "1", "--budget", "0.01", "--threads", "1"]
@@ -56,10 +57,24 @@ def test_a_quick_run_ends_with_tables_files_and_a_line_of_json(tmp_path: Path):
     assert all(title in text for title in ("Prefill: causal", "Training: causal", "Decode: one token"))
     assert "mine.py:rival ms" in text
     names = sorted(path.name for path in (tmp_path / "new" / "out").iterdir())
-    assert names == ["decode.png", "decode_fraction.png", "prefill.png", "prefill_fraction.png", "results.jsonl"]
+    assert names == [
+        "results.jsonl",
+        "speed-decode-fraction.png",
+        "speed-decode.png",
+        "speed-prefill-fraction.png",
+        "speed-prefill.png",
+        "speed.json",
+    ]
     lines = (tmp_path / "new" / "out" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["outcomes"] for line in lines] == [each["outcomes"] for each in found["results"]]
     assert result.stderr.count("head size 8, degree 2") == 4  # progress, a line per case
+    kept = read_results(tmp_path / "new" / "out" / "speed.json")
+    assert sorted(shlex.split(kept.command)) == sorted(
+        ["taylor-attention", "bench", *SMALL, "--against", "mine.py:rival"]
+    )
+    assert [each.case for each in kept.findings] == [each["case"] for each in found["results"]]
+    assert all(each.seconds > 0 for each in kept.findings)
+    assert kept.machine["threads"] == 1
 
 
 def test_windows_stand_beside_the_method_without_them(tmp_path: Path):
@@ -75,15 +90,9 @@ def test_windows_stand_beside_the_method_without_them(tmp_path: Path):
     text = "\n".join(shown)
     assert "8, 2, window 8" in text
     assert "/ (pure + window): " in text
-    assert {path.name for path in tmp_path.iterdir()} >= {"decode.png", "windows.png"}
+    assert "Of 1 prefills with a window, " in text
+    assert {path.name for path in tmp_path.iterdir()} >= {"speed-decode.png", "speed-windows.png"}
     assert "decode, head size 8, degree 2, window 8, 600 tokens: taylor" in result.stderr
-
-
-def test_it_is_said_how_many_windows_take_as_long_as_is_asked():
-    rows = [{"window_ratio": {100: 1.2, 200: 1.3}}, {"window_ratio": {100: 1.31}}, {"window_ratio": {}}]
-    [line] = bench_report._windows(rows)
-    assert line.endswith("2 of 3 within 1.3")
-    assert bench_report._windows(rows[-1:]) == []
 
 
 @pytest.mark.usefixtures("without_matplotlib")
@@ -164,14 +173,14 @@ def test_a_wrong_rival_ends_the_run_and_what_was_measured_stays(tmp_path: Path):
 
 def test_what_is_skipped_is_said(tmp_path: Path):
     shown = ok(*SMALL, "--max-state-bytes", 1000, "--out", tmp_path).stdout
-    assert "skipped: taylor in decode: larger than --max-state-bytes 1,000 (2 cases" in shown
+    assert "Left out: taylor in decode: larger than --max-state-bytes 1,000 (2 cases)" in shown
 
 
 @pytest.mark.usefixtures("without_matplotlib")
 def test_without_matplotlib_everything_else_works(tmp_path: Path):
     shown = ok(*SMALL, "--out", tmp_path).stdout
     assert "no figures: drawing the figures needs matplotlib: pip install 'taylor-attention[bench]'" in shown
-    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "speed.json"]
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 import taylor_attention as ta
-from taylor_attention.bench import facts, figures
-from taylor_attention.bench.cases import FORWARD, OURS, PURE, SOFTMAX, Case, Outcome, Result
+from taylor_attention.bench import facts
+from taylor_attention.bench.cases import EARLY, FORWARD, OURS, PURE, SOFTMAX, Case, Outcome, Result
 from taylor_attention.bench.machine import GEMM, READ
 
 
@@ -25,16 +23,30 @@ def test_decoding_is_compared_at_every_context():
     ]
     assert (row["head_dim"], row["degree"]) == (16, 2)
     assert row["speedup"] == {"sdpa": {1024: 0.5, 4096: 1.6, 16384: 8.0}, "mine": {1024: 4.0, 4096: 3.2, 16384: 4.0}}
-    assert row["flatness"] == 1.25
-    assert row["faster_from_context"] == 4096
+    assert row["flatness"] is None
+    assert row["faster_from_context"] == facts.crossing([(n, *times[n]) for n in times])
+    assert 1024 < row["faster_from_context"] < 4096
+    assert not row["faster_at_the_shortest"]
     assert row["memory_break_even"] == ta.break_even_context(16, 2) == 82
-    assert row["faster_over_memory_break_even"] == pytest.approx(4096 / 82)
+    assert row["faster_over_memory_break_even"] == pytest.approx(row["faster_from_context"] / 82)
+
+
+def early(length: int, ours: float, early: float) -> Result:
+    return Result(Case("decode", 16, 2, length), {OURS: Outcome(ours), EARLY: Outcome(early)})
+
+
+def test_flat_is_what_takes_as_long_after_long_contexts_as_after_short_ones():
+    made = [result("decode", 1024, 9.0), early(4096, 2.1, 2.0), early(16384, 0.8, 1.0), early(65536, 3.0, 3.0)]
+    [row] = facts.derive(made)["decode"]
+    assert row["flatness"] == 1.25
+    assert row["speedup"] == {}  # the same step after another context is no rival
+    assert made[1].early_ratio == made[1].to_dict()["early_ratio"] == 2.1 / 2.0
 
 
 def test_faster_means_at_all_longer_contexts_too():
     times = {1024: 1.0, 2048: 3.0, 4096: 1.0, 8192: 3.0}
     [row] = facts.derive([result("decode", n, 2.0, sdpa=theirs) for n, theirs in times.items()])["decode"]
-    assert row["faster_from_context"] == 8192
+    assert 4096 < row["faster_from_context"] < 8192
     [row] = facts.derive([result("decode", 1024, 2.0, sdpa=1.0)])["decode"]
     assert (row["faster_from_context"], row["faster_over_memory_break_even"]) == (None, None)
 
@@ -119,27 +131,3 @@ def test_what_was_skipped_makes_no_facts():
     found = facts.derive([result("decode", 1024, None), result("decode", 1024, 1.0, degree=3, sdpa=0)])
     [row] = found["decode"]
     assert (row["degree"], row["speedup"]) == (3, {"sdpa": {}})
-
-
-def test_there_is_a_plot_for_everything_that_was_measured(tmp_path: Path):
-    lengths, degrees = (1024, 4096), (2, 3)
-    results = [result("decode", n, 1.0, degree, sdpa=2.0, mine=3.0) for n in lengths for degree in degrees]
-    drawn = figures.draw_all(tmp_path, [*results, result("prefill", 1024, None), result("train", 1, 1.0)])
-    assert [path.name for path in drawn] == ["decode.png", "decode_fraction.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in drawn)
-
-
-def test_the_plot_of_windows_is_of_the_longest_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    plotted: list[tuple[str, list[tuple[int, float]], str]] = []
-    plot = figures._plot
-    monkeypatch.setattr(
-        figures,
-        "_plot",
-        lambda axes, points, *look: plotted.append((axes.get_xlabel(), points, look[-1])) or plot(axes, points, *look),
-    )
-    times = ((512, 1.0), (1024, 2.0))
-    made = [near("prefill", window, ours, pure, n) for n, pure in times for window, ours in ((256, 5.0), (64, 3.0))]
-    drawn = figures.draw_all(tmp_path, made)
-    assert [path.name for path in drawn] == ["windows.png"]
-    assert [points for _, points, _ in plotted] == [[(0, 1.0), (64, 1.5), (256, 2.5)]]
-    assert plotted[0][2] == "head size 16, degree 2"

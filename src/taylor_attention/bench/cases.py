@@ -18,6 +18,10 @@ PURE, SLIDING = "pure", "sliding"
 """In cases with a window: ours without it, and softmax over the window alone."""
 FORWARD = "taylor forward"
 """In training cases: the forward pass alone."""
+EARLY, EARLY_CONTEXT = "taylor at 1,024", 1024
+"""In longer decoding cases: the same step after so few tokens, by turns with that of the case."""
+OWN = (OURS, FORWARD, EARLY)
+"""Contestants that are no rivals."""
 
 START, PREFILL, TRAIN, DECODE, MODEL = KINDS = ("start", "prefill", "train", "decode", "model")
 
@@ -113,6 +117,7 @@ class Result:
         window_needed: FLOPs among them that are the window's (prefill).
         chunk: tokens per chunk that the library takes (prefill).
         peak_bytes: the most resident memory while the case was timed, of the whole process with all contestants in it.
+        seconds: that the case took, checks included.
     """
 
     case: Case
@@ -122,6 +127,7 @@ class Result:
     window_needed: int | None = None
     chunk: int | None = None
     peak_bytes: int | None = None
+    seconds: float = 0.0
 
     def milliseconds(self, name: str) -> float | None:
         """The time of a contestant; None where it did not take part."""
@@ -149,24 +155,27 @@ class Result:
         return None if both is None or forward is None else both / forward
 
     @property
+    def early_ratio(self) -> float | None:
+        """Of a decoding case: a step after its context over one after `EARLY_CONTEXT` tokens."""
+        own, early = self.milliseconds(OURS), self.milliseconds(EARLY)
+        return None if own is None or early is None else own / early
+
+    @property
     def attention_shares(self) -> dict[str, float | None]:
         """Of a model case: what part of each contestant's step its attention operator takes."""
         return {name: outcome.attention_share for name, outcome in self.outcomes.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; what is derived stands there too, for readers."""
-        ratios = {"fraction": self.fraction, "window_ratio": self.window_ratio, "forward_ratio": self.forward_ratio}
-        return asdict(self) | ratios | {"attention_shares": self.attention_shares}
+        names = ("fraction", "window_ratio", "forward_ratio", "early_ratio", "attention_shares")
+        return asdict(self) | {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Result:
-        """The result that gave this dict; KeyError, TypeError or AttributeError if none did.
-
-        Results from before there were windows have none.
-        """
+        """The result that gave this dict; KeyError, TypeError or AttributeError if none did."""
         outcomes = {name: Outcome(**outcome) for name, outcome in fields["outcomes"].items()}
-        rest = {name: fields[name] for name in ("rates", "needed", "chunk", "peak_bytes")}
-        return cls(Case(**fields["case"]), outcomes, window_needed=fields.get("window_needed"), **rest)
+        names = ("rates", "needed", "window_needed", "chunk", "peak_bytes", "seconds")
+        return cls(Case(**fields["case"]), outcomes, **{name: fields[name] for name in names})
 
 
 @dataclass(frozen=True)

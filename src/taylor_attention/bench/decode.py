@@ -22,7 +22,20 @@ from ..ops.decode import decode_
 from ..ops.reference import attention_reference, softmax_reference
 from . import agreement
 from .agreement import Reference
-from .cases import OURS, PURE, RECURRENT, SLIDING, SOFTMAX, Case, DeclinedError, Ready, Settings, count_heads
+from .cases import (
+    EARLY,
+    EARLY_CONTEXT,
+    OURS,
+    PURE,
+    RECURRENT,
+    SLIDING,
+    SOFTMAX,
+    Case,
+    DeclinedError,
+    Ready,
+    Settings,
+    count_heads,
+)
 from .machine import available_bytes
 from .rivals import Attend, Factory, KeyValueCache, Memory, Recurrent, Ring
 from .sequence import Admit, Inputs, decline_if_slow, draw, first_tokens
@@ -144,7 +157,11 @@ def contestants(case: Case, settings: Settings, factories: Mapping[str, Factory]
     Rivals compute the pure method, so with a window there are others to compare with.
     """
     context = make_context(case, settings, kept)
-    found: dict[str, Admit] = {OURS: partial(_admit_ours, OURS, context), SOFTMAX: partial(_admit_cache, context)}
+    found: dict[str, Admit] = {OURS: partial(_admit_ours, OURS, context)}
+    if context.tokens > EARLY_CONTEXT:
+        early = replace(context, copies=EARLY_CONTEXT // BLOCK, kept=Kept())
+        found[EARLY] = partial(_admit_ours, EARLY, early)
+    found[SOFTMAX] = partial(_admit_cache, context)
     if case.window:
         pure = replace(context, window=0)
         return found | {PURE: partial(_admit_ours, PURE, pure), SLIDING: partial(_admit_ring, context)}

@@ -8,7 +8,7 @@ from math import exp, log
 from typing import Any
 
 from ..core.cost import break_even_context
-from .cases import DECODE, FORWARD, MODEL, OURS, PREFILL, SOFTMAX, TRAIN, Result
+from .cases import DECODE, MODEL, OURS, OWN, PREFILL, SOFTMAX, TRAIN, Result
 
 WINDOW_RATIO = 1.3
 """Asked of a prefill with a window: to take at most so many times as long as its parts; see `Result.window_ratio`."""
@@ -43,7 +43,7 @@ def _series(results: Iterable[Result]) -> dict[tuple[str, int, int, int], list[R
 
 def _rivals(results: Sequence[Result]) -> list[str]:
     names = dict.fromkeys(name for result in results for name in result.outcomes)
-    return [name for name in names if name not in (OURS, FORWARD)]
+    return [name for name in names if name not in OWN]
 
 
 def _speedups(results: Sequence[Result], rival: str) -> dict[int, float]:
@@ -58,16 +58,20 @@ def _pairs(results: Sequence[Result], rival: str) -> list[tuple[int, float, floa
 
 
 def _decode_facts(results: Sequence[Result]) -> dict[str, Any]:
-    """Flatness, and the shortest measured context from which on a step is faster than one of softmax."""
-    case = results[0].case
-    own = [result.milliseconds(OURS) or 0.0 for result in results]
+    """Flatness, and the context from which on a step is faster than one of softmax.
+
+    Flatness is the largest factor between a step and the one after `EARLY_CONTEXT` tokens, timed by turns.
+    """
+    case, pairs = results[0].case, _pairs(results, SOFTMAX)
+    ratios = [result.early_ratio for result in results if result.early_ratio is not None]
     memory = break_even_context(case.head_dim, case.degree, window=case.window, by="memory")
-    faster = [length for length, ours, theirs in _lasting(_pairs(results, SOFTMAX))]
+    faster = crossing(pairs)
     return {
-        "flatness": max(own) / min(own),
-        "faster_from_context": faster[0] if faster else None,
+        "flatness": max((max(ratio, 1 / ratio) for ratio in ratios), default=None),
+        "faster_from_context": faster,
+        "faster_at_the_shortest": _at_the_shortest(pairs, faster),
         "memory_break_even": memory,
-        "faster_over_memory_break_even": faster[0] / memory if faster else None,
+        "faster_over_memory_break_even": None if faster is None else faster / memory,
     }
 
 
@@ -89,11 +93,15 @@ def _prefill_facts(results: Sequence[Result]) -> dict[str, Any]:
     faster = crossing(pairs)
     return {
         "faster_from_length": faster,
-        "faster_at_the_shortest": bool(pairs) and faster == pairs[0][0],
+        "faster_at_the_shortest": _at_the_shortest(pairs, faster),
         "flop_break_even": flops,
         "faster_over_flop_break_even": None if faster is None else faster / flops,
         "window_ratio": {r.case.length: r.window_ratio for r in results if r.window_ratio is not None},
     }
+
+
+def _at_the_shortest(pairs: Sequence[tuple[int, float, float]], faster: int | None) -> bool:
+    return bool(pairs) and faster == pairs[0][0]
 
 
 def crossing(pairs: Sequence[tuple[int, float, float]]) -> int | None:

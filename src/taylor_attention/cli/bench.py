@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from ..bench import facts, figures
-from ..bench.cases import DECODE, KINDS, PREFILL, Case, Result, Settings, plan_cases
+from ..bench import facts, plans
+from ..bench.cases import KINDS, Case, Result, Settings
+from ..bench.evidence.drawing import save_pictures
+from ..bench.evidence.experiment import Finding
+from ..bench.evidence.results import write_results
+from ..bench.evidence.speed import TOPIC
+from ..bench.evidence.speed_drawn import draw
 from ..bench.journal import Journal
 from ..bench.machine import COPY, GEMM, READ, Machine, describe
 from ..bench.measure import Bench, check, measure
@@ -35,39 +42,6 @@ from .console import (
     progress_bar,
 )
 
-FULL: dict[str, Any] = {
-    "only": KINDS,
-    "window": (0, 64, 256),
-    "head_dim": (8, 16, 32, 64),
-    "degree": (2, 3, 4),
-    "context": (*(1024 * 4**i for i in range(6)), 10 * 2**20),
-    "length": (1024, 2048, 4096, 8192),
-    "repeats": Settings.repeats,
-    "budget": Settings.budget,
-}
-FULL_NEAR = FULL | {
-    "only": (PREFILL, DECODE),
-    "degree": (2, 3),
-    "context": (1024, 65536),
-    "length": (8192,),
-}
-"""With a window: fewer, so that a full run takes half an hour at most."""
-
-QUICK: dict[str, Any] = {
-    "only": KINDS,
-    "window": (0, 64),
-    "head_dim": (16, 64),
-    "degree": (2,),
-    "context": (1024, 65536),
-    "length": (512, 1024),
-    "repeats": 3,
-    "budget": 0.2,
-}
-QUICK_NEAR = QUICK | {"only": (PREFILL, DECODE)}
-
-_SHAPE = ("only", "head_dim", "degree", "context", "length")
-
-
 _RIVALS = """--against my.py:rival (or module:rival) names a function that makes a rival, as this makes one of the
 paper's reference implementation; `attend` gets [1, heads, T, d] tensors and keeps its own state:
 
@@ -81,12 +55,12 @@ paper's reference implementation; `attend` gets [1, heads, T, d] tensors and kee
 A rival whose memory grows with T should cut long inputs in blocks."""
 
 
-def _default(name: str, defaults: Mapping[str, Any] = FULL) -> str:
+def _default(name: str, defaults: Mapping[str, Any] = plans.FULL) -> str:
     values = defaults[name] if isinstance(defaults[name], tuple) else (defaults[name],)
     return f"[{', '.join(str(value) for value in values)}]"
 
 
-_NEAR = ", ".join(f"--{name} {_default(name, FULL_NEAR)}" for name in ("only", "degree", "context", "length"))
+_NEAR = ", ".join(f"--{name} {_default(name, plans.FULL_NEAR)}" for name in ("only", "degree", "context", "length"))
 
 
 @click.command(short_help="Measure decode, prefill, training and a model beside softmax.", epilog=_RIVALS)
@@ -100,7 +74,7 @@ _NEAR = ", ".join(f"--{name} {_default(name, FULL_NEAR)}" for name in ("only", "
     help=f"Latest tokens, weighed exactly; repeatable {_default('window')}. Above 0 the others default to {_NEAR}.",
 )
 @click.option("--width", type=COUNT, default=Settings.width, show_default=True, help="Heads times head size.")
-@click.option("--context", multiple=True, type=COUNT, help="Of a decode step; repeatable [1K, 4K, ..., 1M, 10M].")
+@click.option("--context", multiple=True, type=COUNT, help="Of a decode step; repeatable [64, 256, ..., 1M, 10M].")
 @click.option("--length", multiple=True, type=COUNT, help=f"Of a prefill; repeatable {_default('length')}.")
 @click.option("--against", multiple=True, metavar="PLACE:FUNCTION", help="A rival's factory, see below; repeatable.")
 @click.option("--threads", type=THREADS, help="Of PyTorch [as PyTorch chooses].")
@@ -132,11 +106,11 @@ def bench(folder: str, resume: bool, quick: bool, as_json: bool, **asked: Any) -
 
     With a window, by turns with the method without it, softmax, and softmax over the window alone. Then a generate step
     of the shipped model and of its softmax twin, and what part of it is attention. Every result is checked before it is
-    timed, those of attention against float64. Ends with tables, a line of JSON, and OUT/{results.jsonl, *.png}; about
-    half an hour on two cores, or --quick.
+    timed, those of attention against float64. Ends with tables, a line of JSON, and OUT/{results.jsonl,
+    speed.json, *.png}; about half an hour on two cores, or --quick. `taylor-attention report` tells it from speed.json.
     """
-    defaults, near = (QUICK, QUICK_NEAR) if quick else (FULL, FULL_NEAR)
-    cases = _plan({name: asked.pop(name) for name in ("window", *_SHAPE)}, defaults, near)
+    defaults = plans.QUICK if quick else plans.FULL
+    cases = plans.plan({name: asked.pop(name) for name in ("window", *plans.SHAPE)}, quick)
     asked = {name: defaults.get(name) if value is None else value for name, value in asked.items()}
     factories = _load_rivals(asked.pop("against"))
     asked["threads"] = asked["threads"] or torch.get_num_threads()
@@ -145,28 +119,18 @@ def bench(folder: str, resume: bool, quick: bool, as_json: bool, **asked: Any) -
     target = make_folder(folder)
     journal = Journal(target / "results.jsonl", settings, Result.from_dict, resume=resume)
     shared = Bench(settings, factories, Machine())
-    machine = describe() | _rates(shared)
+    machine = describe() | {"threads": settings.threads} | _rates(shared)
     try:
         results = _measure_all(cases, shared, journal)
     except KeyboardInterrupt:
         message = f"stopped; {folder} keeps what is measured: go on with --resume"
         err().print(message, markup=False, soft_wrap=True)
         sys.exit(130)
+    _write(target, settings, machine, results)
     summary = _summarise(settings, machine, results, target)
     if not as_json:
         report(summary, results)
     emit_json(summary)
-
-
-def _plan(asked: Mapping[str, Any], defaults: Mapping[str, Any], near: Mapping[str, Any]) -> list[Case]:
-    """The cases that the options ask for, with defaults where they do not say, others where there is a window."""
-    cases = []
-    for window in sorted(set(asked["window"] or defaults["window"])):
-        kinds, head_dims, degrees, contexts, lengths = (
-            asked[name] or (near if window else defaults)[name] for name in _SHAPE
-        )
-        cases += plan_cases(kinds, head_dims, degrees, contexts=contexts, lengths=lengths, window=window)
-    return list(dict.fromkeys(cases))  # some kinds know no window
 
 
 def _load_rivals(places: Sequence[str]) -> dict[str, Factory]:
@@ -192,7 +156,8 @@ def _measure_all(cases: Sequence[Case], shared: Bench, journal: Journal[Result])
             bar.update(task, description=describe_case(case))
             found = journal.find(case)
             if found is None:
-                found = measure(case, shared)
+                start = time.perf_counter()
+                found = replace(measure(case, shared), seconds=time.perf_counter() - start)
                 journal.append(found)
                 if not console.is_terminal:
                     console.print(describe_result(found), markup=False, soft_wrap=True)
@@ -201,12 +166,35 @@ def _measure_all(cases: Sequence[Case], shared: Bench, journal: Journal[Result])
     return results
 
 
+def _write(folder: Path, settings: Settings, machine: Mapping[str, Any], results: Sequence[Result]) -> None:
+    """The file that `taylor-attention report` reads."""
+    findings = []
+    for result in results:
+        values = result.to_dict()
+        findings.append(Finding(values.pop("case"), values, values.pop("seconds")))
+    write_results(folder / f"{TOPIC.name}.json", TOPIC.name, _command(), settings.seed, findings, machine)
+
+
+def _command() -> str:
+    """What was asked for, as a line to type; rivals by their names, without the places of their files."""
+    context = click.get_current_context()
+    words = []
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
+        if not given or option.name in ("folder", "resume", "as_json"):
+            continue
+        value = context.params[option.name or ""]
+        for each in value if isinstance(value, tuple) else (value,):
+            words += [option.opts[0]] if each is True else [option.opts[0], Path(str(each)).name]
+    return shlex.join(["taylor-attention", "bench", *words])
+
+
 def _summarise(
     settings: Settings, machine: Mapping[str, Any], results: Sequence[Result], folder: Path
 ) -> dict[str, Any]:
     """Everything that the run found, with its plots drawn."""
     try:
-        drawn, missing = [str(path) for path in figures.draw_all(folder, results)], None
+        drawn, missing = [str(path) for path in save_pictures(draw(results), folder)], None
     except MissingDependencyError as error:
         drawn, missing = [], str(error)
     peaks = [result.peak_bytes for result in results if result.peak_bytes is not None]

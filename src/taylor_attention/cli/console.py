@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..bench.evidence.experiment import Table as Findings
 from ..core.basis import MAX_DEGREE
 from ..errors import LARGEST_INT, expect
 from ..lm.checkpoint import SHIPPED, load_checkpoint, shipped
@@ -47,6 +48,10 @@ class _Degree(click.ParamType):  # type: ignore[type-arg]  # generic in some ver
         return value if value is None or value == "none" else click.INT.convert(value, param, ctx)
 
 
+_WIDE = 140
+"""Columns where stdout is no terminal."""
+
+
 def _or_none(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     return None if value == "none" else value
 
@@ -65,6 +70,24 @@ def err() -> Console:
 def out() -> Console:
     """The console of results."""
     return Console(highlight=False)
+
+
+def out_wide() -> Console:
+    """The same for tables: a file is as wide as they are."""
+    console = out()
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDE)
+    return console
+
+
+def show(console: Console, made: Findings) -> None:
+    """Print a table of findings and its note."""
+    shown = table(made.title, *made.columns)
+    for row in made.rows:
+        shown.add_row(*row)
+    console.print(shown)
+    if made.note:
+        console.print(made.note, markup=False, soft_wrap=True)
 
 
 def emit_json(value: Any) -> None:

@@ -39,7 +39,7 @@ def report(folder: Path, page: Path | None, document: Path | None, as_json: bool
     if document:
         _renew(document, text, chapters)
     if as_json:
-        told = {each.experiment.name: {"cases": each.found, "planned": each.planned} for each in chapters}
+        told = {each.topic.name: {"cases": each.found, "planned": each.planned} for each in chapters}
         names = [each.name for each in missing]
         return emit_json({"page": str(target), "bytes": target.stat().st_size, "experiments": told, "missing": names})
     for each in missing:

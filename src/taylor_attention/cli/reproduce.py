@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table as Shown
 
 from ..bench.evidence import drawing
-from ..bench.evidence.experiment import Experiment, Finding, Table
+from ..bench.evidence.experiment import Experiment, Finding
 from ..bench.evidence.registry import EXPERIMENTS
 from ..bench.evidence.results import write_results
 from ..bench.evidence.run import run
 from ..errors import MissingDependencyError
-from .console import THREADS, emit_json, err, json_option, make_folder, out, progress_bar, table
+from .console import THREADS, emit_json, err, json_option, make_folder, out_wide, progress_bar, show
 
 _LIST = "\n".join(f"  {each.name:14} {each.question}" for each in EXPERIMENTS.values())
 
@@ -90,20 +89,9 @@ def _finish(experiment: Experiment, findings: list[Finding], folder: Path, quiet
         files, missing = [], str(error)
     conclusions = experiment.conclusions(findings)
     if not quiet:
-        console = out()
-        if not console.is_terminal:
-            console.width = max(console.width, 140)
+        console = out_wide()
         for each in experiment.tables(findings):
-            console.print(_show(each))
-            if each.note:
-                console.print(each.note, markup=False, soft_wrap=True)
+            show(console, each)
         for line in (*conclusions, *([missing] if missing else [])):
             console.print(line, markup=False, soft_wrap=True)
     return {"cases": len(findings), "conclusions": conclusions, "figures": files, "no_figures": missing}
-
-
-def _show(made: Table) -> Shown:
-    shown = table(made.title, *made.columns)
-    for row in made.rows:
-        shown.add_row(*row)
-    return shown

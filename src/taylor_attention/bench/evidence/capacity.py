@@ -115,8 +115,8 @@ EXPERIMENT = Experiment(
     "How many pairs a head holds",
     "How does the number of keys whose values a head can tell apart grow with degree and head size?",
     plan,
-    measure,
     tables,
     pictures,
     conclusions,
+    measure=measure,
 )

@@ -7,7 +7,7 @@ file can make them again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 Case = dict[str, Any]
@@ -55,28 +55,39 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """One question, and how it is answered.
+class Topic:
+    """One question, and how what was found is told.
 
     Attributes:
         name: in commands and files. title: for people. question: what it answers, a sentence.
         plan: the cases, fewer and smaller ones for a quick look.
-        measure: what is found in a case; all randomness comes from the case and the seed.
         tables, pictures: made of the findings; pictures need matplotlib.
         conclusions: sentences, with numbers from the findings.
-        timed: whether it measures time or memory, so that it must run alone; cases of others run side by side, in
-            processes of one thread each.
-        missing: what it needs and is not there, as a sentence; None: nothing.
+        command: that measures it; None: `taylor-attention reproduce` does.
     """
 
     name: str
     title: str
     question: str
     plan: Callable[[bool], list[Case]]
-    measure: Callable[[Case, int], dict[str, Any]]
     tables: Callable[[Findings], list[Table]]
     pictures: Callable[[Findings], list[Picture]]
     conclusions: Callable[[Findings], list[str]]
+    command: str | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Topic):
+    """A question, and how it is answered case by case.
+
+    Attributes:
+        measure: what is found in a case; all randomness comes from the case and the seed.
+        timed: whether it measures time or memory, so that it must run alone; cases of others run side by side, in
+            processes of one thread each.
+        missing: what it needs and is not there, as a sentence; None: nothing.
+    """
+
+    measure: Callable[[Case, int], dict[str, Any]]
     timed: bool = False
     missing: Callable[[], str | None] = lambda: None
 

@@ -171,8 +171,8 @@ EXPERIMENT = Experiment(
     "Read further than trained",
     "What does the loss do beyond the length that a model was trained at?",
     plan,
-    measure,
     tables,
     pictures,
     conclusions,
+    measure=measure,
 )

@@ -202,8 +202,8 @@ EXPERIMENT = Experiment(
     "Terms, 16 bits and counting",
     "How large are the terms of the series, and what becomes of their sums in 16 bits and in plain float32?",
     plan,
-    measure,
     tables,
     pictures,
     conclusions,
+    measure=measure,
 )

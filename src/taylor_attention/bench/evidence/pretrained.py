@@ -195,10 +195,10 @@ EXPERIMENT = Experiment(
     "Pretrained models in fewer bytes",
     "What does a pretrained model lose when its heads keep less of the past, and does a far field earn its bytes?",
     plan,
-    measure,
     tables,
     pictures,
     conclusions,
+    measure=measure,
     timed=True,
     missing=source.missing,
 )

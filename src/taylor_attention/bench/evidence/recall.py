@@ -51,8 +51,8 @@ EXPERIMENT = Experiment(
     "What is remembered, and in how many bytes",
     "How much of its context can a model look up with a state of so many bytes?",
     plan,
-    measure,
     tables,
     pictures,
     conclusions,
+    measure=measure,
 )

@@ -150,8 +150,8 @@ EXPERIMENT = Experiment(
     "Softmax on random tokens, reconstructed",
     "How near does Taylor attention come to softmax, element by element and relative to the outputs?",
     plan,
-    measure,
     tables,
     pictures,
     conclusions,
+    measure=measure,
 )

@@ -1,9 +1,21 @@
-"""The experiments there are, in the order in which they are told."""
+"""The experiments there are, and what is told, in this order."""
 
 from __future__ import annotations
 
-from . import capacity, length, precision, pretrained, recall, reconstruction, runtime, score_map, sizes, training
-from .experiment import Experiment
+from . import (
+    capacity,
+    length,
+    precision,
+    pretrained,
+    recall,
+    reconstruction,
+    runtime,
+    score_map,
+    sizes,
+    speed,
+    training,
+)
+from .experiment import Experiment, Topic
 
 _ALL = (
     sizes.EXPERIMENT,
@@ -19,3 +31,7 @@ _ALL = (
 )
 
 EXPERIMENTS: dict[str, Experiment] = {each.name: each for each in _ALL}
+"""By name; `taylor-attention reproduce` measures them."""
+
+TOPICS: dict[str, Topic] = {**EXPERIMENTS, speed.TOPIC.name: speed.TOPIC}
+"""By name: what the report tells."""

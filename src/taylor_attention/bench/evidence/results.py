@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,17 @@ class Results:
         return sum(finding.seconds for finding in self.findings)
 
 
-def write_results(path: Path, experiment: str, command: str, seed: int, findings: Sequence[Finding]) -> Results:
-    """Write a file of results, replaced atomically; what it then holds."""
+def write_results(
+    path: Path,
+    experiment: str,
+    command: str,
+    seed: int,
+    findings: Sequence[Finding],
+    machine: Mapping[str, Any] | None = None,
+) -> Results:
+    """Write a file of results, replaced atomically; what it then holds. `machine`: None, as it is now."""
     rounded = [Finding.from_dict(_round(finding.to_dict())) for finding in findings]
-    results = Results(experiment, command, seed, __version__, describe(), rounded)
+    results = Results(experiment, command, seed, __version__, dict(machine or describe()), rounded)
     head = {name: getattr(results, name) for name in ("experiment", "command", "seed", "version", "machine")}
     lines = ",\n".join(json.dumps(finding.to_dict()) for finding in rounded)
     write_text(path, json.dumps(head)[:-1] + ', "findings": [\n' + lines + "\n]}\n")

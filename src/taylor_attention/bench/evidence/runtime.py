@@ -146,9 +146,9 @@ EXPERIMENT = Experiment(
     "Time and memory per token",
     "What does a token cost after so many others, in time and memory, beside softmax with its cache?",
     plan,
-    measure,
     tables,
     pictures,
     conclusions,
+    measure=measure,
     timed=True,
 )

@@ -172,8 +172,8 @@ EXPERIMENT = Experiment(
     "Where a truncated exp is in range",
     "How far from softmax is a degree at a spread of scores, and where do models lie?",
     plan,
-    measure,
     tables,
     pictures,
     conclusions,
+    measure=measure,
 )

@@ -177,8 +177,8 @@ EXPERIMENT = Experiment(
     "State and work against a key/value cache",
     "From which context on is the state smaller than a key/value cache, and a token cheaper?",
     plan,
-    measure,
     tables,
     pictures,
     conclusions,
+    measure=measure,
 )

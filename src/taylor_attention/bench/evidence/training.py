@@ -300,8 +300,8 @@ EXPERIMENT = Experiment(
     "Trained models: softmax and Taylor's series",
     "Which model with a state of constant size learns as well as softmax where the far past pays?",
     plan,
-    measure,
     tables,
     pictures,
     conclusions,
+    measure=measure,
 )

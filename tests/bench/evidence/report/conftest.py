@@ -11,7 +11,7 @@ import pytest
 
 from pages import ABSENT, WILD, write_sizes, write_wild
 from taylor_attention.bench.evidence import sizes
-from taylor_attention.bench.evidence.registry import EXPERIMENTS
+from taylor_attention.bench.evidence.registry import TOPICS
 from taylor_attention.bench.evidence.report.chapters import read_chapters
 from taylor_attention.bench.evidence.report.page import make_page
 
@@ -20,10 +20,10 @@ from taylor_attention.bench.evidence.report.page import make_page
 def only_these() -> Iterator[None]:
     """The experiments of these tests; the real one without its picture, which takes a second to write."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in list(EXPERIMENTS):
-            patch.delitem(EXPERIMENTS, name)
+        for name in list(TOPICS):
+            patch.delitem(TOPICS, name)
         for experiment in (replace(sizes.EXPERIMENT, pictures=lambda findings: []), WILD, ABSENT):
-            patch.setitem(EXPERIMENTS, experiment.name, experiment)
+            patch.setitem(TOPICS, experiment.name, experiment)
         yield
 
 

@@ -104,7 +104,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_sizes(folder)
     write_wild(folder)
     with pytest.MonkeyPatch.context() as patch:
-        registry = "taylor_attention.bench.evidence.report.chapters.EXPERIMENTS"
+        registry = "taylor_attention.bench.evidence.report.chapters.TOPICS"
         first = replace(sizes.EXPERIMENT, pictures=lambda findings: sizes.pictures(findings)[:1])
         patch.setattr(registry, {each.name: each for each in (first, WILD, ABSENT)})
         page = make_page(*read_chapters(folder))

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from pages import HOSTILE, WILD, write_wild
-from taylor_attention.bench.evidence.registry import EXPERIMENTS
+from taylor_attention.bench.evidence.registry import TOPICS
 from taylor_attention.bench.evidence.report.chapters import describe_origin, read_chapters
 from taylor_attention.errors import MissingDependencyError, StorageError
 
 
 def test_what_has_a_file_is_told_and_the_rest_is_missing(folder: Path) -> None:
     told, missing = read_chapters(folder)
-    assert [each.experiment.name for each in told] == ["sizes", "wild"]
+    assert [each.topic.name for each in told] == ["sizes", "wild"]
     assert [each.name for each in missing] == ["absent"]
 
 
@@ -66,7 +66,7 @@ def test_without_matplotlib_the_rest_is_told(folder: Path, monkeypatch: pytest.M
     def lack(findings: object) -> list[object]:
         raise MissingDependencyError("drawing needs something")
 
-    monkeypatch.setitem(EXPERIMENTS, "wild", replace(WILD, pictures=lack))
+    monkeypatch.setitem(TOPICS, "wild", replace(WILD, pictures=lack))
     wild = read_chapters(folder)[0][1]
     assert (wild.pictures, wild.no_pictures) == ([], "drawing needs something")
     assert wild.tables

@@ -34,7 +34,7 @@ def test_every_block_and_picture_of_the_evidence_has_results_and_every_file_an_e
     committed: list[Chapter],
 ) -> None:
     text = EVIDENCE.read_text(encoding="utf-8")
-    names = [each.experiment.name for each in committed]
+    names = [each.topic.name for each in committed]
     assert sorted(re.findall(r"^<!-- end of ([\w-]+) -->$", text, re.MULTILINE)) == sorted(names), RENEW
     assert sorted(path.stem for path in (DOCS / "results").iterdir()) == sorted(names)
     shown = sorted(re.findall(rf"\]\({FIGURES}/([\w.-]+)\)", text))

@@ -30,7 +30,7 @@ def test_every_element_is_closed(page: str) -> None:
 def test_it_shows_all_that_there_is(folder: Path, page: str) -> None:
     shown, told = Outline(page).texts, read_chapters(folder)[0]
     for chapter in told:
-        words = [chapter.experiment.title, chapter.experiment.question, *chapter.conclusions, chapter.results.command]
+        words = [chapter.topic.title, chapter.topic.question, *chapter.conclusions, chapter.results.command]
         words += [cell for table in chapter.tables for row in (table.columns, *table.rows) for cell in row]
         words += [table.note for table in chapter.tables if table.note]
         assert [word for word in words if word not in shown] == []

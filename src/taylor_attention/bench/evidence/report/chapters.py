@@ -1,4 +1,4 @@
-"""What is told of an experiment: its results, what its module makes of them, and where they are from."""
+"""What is told of a topic: its results, what its module makes of them, and where they are from."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ....errors import MissingDependencyError, StorageError
-from ..experiment import Case, Experiment, Picture, Table
-from ..registry import EXPERIMENTS
+from ..experiment import Case, Picture, Table, Topic
+from ..registry import TOPICS
 from ..results import Results, read_results
 
 LONG_TABLE = 16
@@ -18,14 +18,14 @@ LONG_TABLE = 16
 
 @dataclass(frozen=True)
 class Chapter:
-    """An experiment that was measured.
+    """A topic that was measured.
 
     Attributes:
         planned: how many cases the full plan has. found: how many of them were measured.
         no_pictures: why there are none; None if there are.
     """
 
-    experiment: Experiment
+    topic: Topic
     results: Results
     planned: int
     found: int
@@ -40,20 +40,20 @@ class Chapter:
         return self.found < self.planned
 
 
-def read_chapters(folder: Path) -> tuple[list[Chapter], list[Experiment]]:
-    """The experiments that have a file of results in a folder, and those that have none.
+def read_chapters(folder: Path) -> tuple[list[Chapter], list[Topic]]:
+    """The topics that have a file of results in a folder, and those that have none.
 
     Raises:
         StorageError: a file holds something else.
     """
-    paths = {name: folder / f"{name}.json" for name in EXPERIMENTS}
-    told = [_tell(EXPERIMENTS[name], path) for name, path in paths.items() if path.exists()]
-    return told, [EXPERIMENTS[name] for name, path in paths.items() if not path.exists()]
+    paths = {name: folder / f"{name}.json" for name in TOPICS}
+    told = [_tell(TOPICS[name], path) for name, path in paths.items() if path.exists()]
+    return told, [TOPICS[name] for name, path in paths.items() if not path.exists()]
 
 
-def how_to_measure(experiment: Experiment) -> str:
+def how_to_measure(topic: Topic) -> str:
     """The command that makes the results that are missing."""
-    return f"taylor-attention reproduce --only {experiment.name}"
+    return topic.command or f"taylor-attention reproduce --only {topic.name}"
 
 
 def describe_cases(chapter: Chapter) -> str:
@@ -69,6 +69,7 @@ def describe_origin(chapter: Chapter) -> list[tuple[str, str]]:
     known = (
         machine.get("processor"),
         f"{machine.get('cores')} cores",
+        f"{machine['threads']} threads" if "threads" in machine else None,
         f"{memory / 2**30:.0f} GiB" if memory else None,
         f"load {machine['load']}" if machine.get("load") is not None else None,
     )
@@ -82,29 +83,29 @@ def describe_origin(chapter: Chapter) -> list[tuple[str, str]]:
     ]
 
 
-def _tell(experiment: Experiment, path: Path) -> Chapter:
+def _tell(topic: Topic, path: Path) -> Chapter:
     results = read_results(path)
-    if results.experiment != experiment.name:
-        raise StorageError(f"{path}: expected results of {experiment.name}, got those of {results.experiment}")
-    findings, plan = results.findings, {_key(case) for case in experiment.plan(False)}
+    if results.experiment != topic.name:
+        raise StorageError(f"{path}: expected results of {topic.name}, got those of {results.experiment}")
+    findings, plan = results.findings, {_key(case) for case in topic.plan(False)}
     try:
         try:
-            pictures, no_pictures = experiment.pictures(findings), None
+            pictures, no_pictures = topic.pictures(findings), None
         except MissingDependencyError as error:
             pictures, no_pictures = [], str(error)
         return Chapter(
-            experiment,
+            topic,
             results,
             planned=len(plan),
             found=len(plan & {_key(finding.case) for finding in findings}),
-            conclusions=experiment.conclusions(findings),
-            tables=experiment.tables(findings),
+            conclusions=topic.conclusions(findings),
+            tables=topic.tables(findings),
             pictures=pictures,
             no_pictures=no_pictures,
         )
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        again = f"measure them again: {how_to_measure(experiment)}"
-        raise StorageError(f"{path}: not results of this version's {experiment.name} ({error!r}); {again}") from error
+        again = f"measure them again: {how_to_measure(topic)}"
+        raise StorageError(f"{path}: not results of this version's {topic.name} ({error!r}); {again}") from error
 
 
 def _key(case: Case) -> str:

@@ -1,4 +1,4 @@
-"""Results in a Markdown document: a block for each experiment, renewed where it stands; the rest is left alone.
+"""Results in a Markdown document: a block for each topic, renewed where it stands; the rest is left alone.
 
 A block is made by the same functions as the page's section, so that no number is written by hand.
 """
@@ -18,11 +18,11 @@ _BLOCKS = re.compile(r"^<!-- results of ([\w-]+), .*?^<!-- end of \1 -->\n", re.
 
 
 def renew(text: str, chapters: Sequence[Chapter]) -> str:
-    """The document with the blocks of these experiments as their results are now; new ones come after the last."""
+    """The document with the blocks of these topics as their results are now; new ones come after the last."""
     for chapter in chapters:
         block = write_block(chapter)
         there = {found[1]: found for found in _BLOCKS.finditer(text)}
-        if old := there.get(chapter.experiment.name):
+        if old := there.get(chapter.topic.name):
             text = text[: old.start()] + block + text[old.end() :]
         else:
             place = max((found.end() for found in there.values()), default=len(text))
@@ -36,17 +36,17 @@ def remove_blocks(text: str) -> str:
 
 
 def write_block(chapter: Chapter) -> str:
-    """All that is known of an experiment, between the lines that mark it."""
-    experiment = chapter.experiment
+    """All that is known of a topic, between the lines that mark it."""
+    topic = chapter.topic
     parts = [
-        f"<!-- results of {experiment.name}, made by `taylor-attention report`: edit what is around them -->",
-        f"## {_escape(experiment.title)}",
-        f"*{_escape(experiment.question)}*",
+        f"<!-- results of {topic.name}, made by `taylor-attention report`: edit what is around them -->",
+        f"## {_escape(topic.title)}",
+        f"*{_escape(topic.question)}*",
         "\n".join(f"- {_escape(line)}" for line in chapter.conclusions),
         *map(_write_picture, chapter.pictures),
         *map(_write_table, chapter.tables),
         _write_origin(chapter),
-        f"<!-- end of {experiment.name} -->",
+        f"<!-- end of {topic.name} -->",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -8,7 +8,7 @@ from html import escape
 from importlib.resources import files
 
 from .... import __version__
-from ..experiment import Experiment, Picture, Table
+from ..experiment import Picture, Table, Topic
 from .chapters import LONG_TABLE, Chapter, describe_cases, describe_origin, how_to_measure
 from .golden import compute_golden
 from .images import embed
@@ -21,7 +21,7 @@ _READABLE = 0.75
 _RULES = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def make_page(chapters: Sequence[Chapter], missing: Sequence[Experiment]) -> str:
+def make_page(chapters: Sequence[Chapter], missing: Sequence[Topic]) -> str:
     """The whole page, of what was measured and of what was not."""
     sections = [*map(_write_chapter, chapters), *([_write_missing(missing)] if missing else [])]
     return f"""<!DOCTYPE html>
@@ -58,8 +58,8 @@ def _read(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _write_contents(chapters: Sequence[Chapter], missing: Sequence[Experiment]) -> str:
-    links = [(each.experiment.name, each.experiment.title, _write_badge(each)) for each in chapters]
+def _write_contents(chapters: Sequence[Chapter], missing: Sequence[Topic]) -> str:
+    links = [(each.topic.name, each.topic.title, _write_badge(each)) for each in chapters]
     links += [("missing", "Not measured", f" <span class='badge'>{len(missing)}</span>")] if missing else []
     links += [("calculator", "Calculator", "")]
     items = "".join(f'<li><a href="#{escape(to)}">{escape(text)}</a>{badge}</li>\n' for to, text, badge in links)
@@ -71,13 +71,13 @@ def _write_badge(chapter: Chapter) -> str:
 
 
 def _write_chapter(chapter: Chapter) -> str:
-    experiment = chapter.experiment
+    topic = chapter.topic
     conclusions = "".join(f"<li>{escape(line)}</li>\n" for line in chapter.conclusions)
     shown = [f'<p class="warning">{escape(chapter.no_pictures)}</p>\n'] if chapter.no_pictures else []
     shown += [*map(_write_picture, chapter.pictures), *map(_write_table, chapter.tables)]
-    return f"""<section id="{escape(experiment.name)}">
-<h2>{escape(experiment.title)}{_write_badge(chapter)}</h2>
-<p class="question">{escape(experiment.question)}</p>
+    return f"""<section id="{escape(topic.name)}">
+<h2>{escape(topic.title)}{_write_badge(chapter)}</h2>
+<p class="question">{escape(topic.question)}</p>
 <ul class="conclusions">
 {conclusions}</ul>
 {"".join(shown)}<h3>Where this is from</h3>
@@ -113,7 +113,7 @@ def _write_origin(chapter: Chapter) -> str:
     return f"<pre>{escape(command)}</pre>\n<dl>\n{lines}</dl>\n"
 
 
-def _write_missing(missing: Sequence[Experiment]) -> str:
+def _write_missing(missing: Sequence[Topic]) -> str:
     items = "".join(
         f"<h3>{escape(each.title)}</h3>\n<p class='question'>{escape(each.question)}</p>\n"
         f"<pre>{escape(how_to_measure(each))}</pre>\n"

@@ -1,46 +1,50 @@
-"""The plots of a run: time of a decode step against context, of a prefill against length, fraction of the limit.
-
-One plot has what windows cost; the others are of the method without.
-"""
+"""Pictures of what `taylor-attention bench` measured: times and fractions of the limit by length, what windows cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ..core.storage import replacing
-from ..errors import require
-from .cases import DECODE, OURS, PREFILL, PURE, SOFTMAX, Result
+from ..cases import DECODE, EARLY, OURS, PREFILL, PURE, SOFTMAX, Result
+from .drawing import add_legend, panels
+from .experiment import Findings, Picture
+from .speed_shown import results_of
 
 Points = list[tuple[int, float]]
-Name = TypeVar("Name")
 
 _STYLES = ("-", "--", ":", "-.")  # ours, then rivals; of windows, by degree
 _AXIS = {DECODE: "context (tokens)", PREFILL: "length (tokens)"}
+_STEP = {DECODE: "A decoded token", PREFILL: "A causal prefill"}
+_LIMIT = {DECODE: "the bandwidth at which a large tensor is read", PREFILL: "the rate of a large GEMM"}
 
 
-def draw_all(folder: Path, results: Sequence[Result]) -> list[Path]:
-    """Draw what there are results for; the files, PNG, replaced atomically.
+def pictures(findings: Findings) -> list[Picture]:
+    """What there are results for."""
+    return draw(results_of(findings))
+
+
+def draw(results: Sequence[Result]) -> list[Picture]:
+    """The same, of results.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    files = []
+    made = []
     measured = [result for result in results if result.milliseconds(OURS) is not None]
     for kind in (DECODE, PREFILL):
         own = [result for result in measured if result.case.kind == kind and not result.case.window]
         if own:
-            files += [_draw_times(folder / f"{kind}.png", own), _draw_fractions(folder / f"{kind}_fraction.png", own)]
+            made += [_draw_times(kind, own), _draw_fractions(kind, own)]
     near = [result for result in measured if result.case.kind in (DECODE, PREFILL) and result.case.window]
-    return [*files, _draw_windows(folder / "windows.png", near)] if near else files
+    return [*made, _draw_windows(near)] if near else made
 
 
-def _draw_times(path: Path, results: Sequence[Result]) -> Path:
+def _draw_times(kind: str, results: Sequence[Result]) -> Picture:
     """A panel per head size, a colour per degree; softmax, which has no degree, in black."""
-    figure, panels = _panels(results)
-    names = list(dict.fromkeys(name for result in results for name in result.outcomes if name != SOFTMAX))
-    for head_dim, axes in panels.items():
+    figure, by_size = _panels(results)
+    names = list(dict.fromkeys(name for result in results for name in result.outcomes))
+    names = [name for name in names if name not in (SOFTMAX, EARLY)]
+    for head_dim, axes in by_size.items():
         own = [result for result in results if result.case.head_dim == head_dim]
         for color, degree in enumerate(_degrees(results)):
             mine = [result for result in own if result.case.degree == degree]
@@ -48,26 +52,28 @@ def _draw_times(path: Path, results: Sequence[Result]) -> Path:
                 label = f"{name}, degree {degree}"
                 _plot(axes, _points(mine, _time_of(name)), f"C{color}", _STYLES[style % len(_STYLES)], label)
         _plot(axes, _points(own, _time_of(SOFTMAX)), "black", "-", SOFTMAX)
-        axes.set(xlabel=_AXIS[own[0].case.kind], ylabel="milliseconds", yscale="log")
-    return _save(figure, path)
+        axes.set(xlabel=_AXIS[kind], ylabel="milliseconds", yscale="log")
+    caption = f"{_STEP[kind]}, by head size and degree, beside softmax (black) and other ways to compute the series."
+    return _finish(f"speed-{kind}", caption, figure)
 
 
-def _draw_fractions(path: Path, results: Sequence[Result]) -> Path:
-    figure, panels = _panels(results)
-    for head_dim, axes in panels.items():
+def _draw_fractions(kind: str, results: Sequence[Result]) -> Picture:
+    figure, by_size = _panels(results)
+    for head_dim, axes in by_size.items():
         own = [result for result in results if result.case.head_dim == head_dim]
         for color, degree in enumerate(_degrees(results)):
             mine = [result for result in own if result.case.degree == degree]
             _plot(axes, _points(mine, lambda result: result.fraction), f"C{color}", "-", f"degree {degree}")
-        axes.set(xlabel=_AXIS[own[0].case.kind], ylabel="fraction of the limit", ylim=(0, None))
-    return _save(figure, path)
+        axes.set(xlabel=_AXIS[kind], ylabel="fraction of the limit", ylim=(0, None))
+    return _finish(f"speed-{kind}-fraction", f"{_STEP[kind]}, as a fraction of {_LIMIT[kind]}.", figure)
 
 
-def _draw_windows(path: Path, results: Sequence[Result]) -> Path:
+def _draw_windows(results: Sequence[Result]) -> Picture:
     """Time over the pure method's at the longest length: a panel per kind, a colour per head size, dashes by degree."""
-    figure, panels = _figure(sorted({result.case.kind for result in results}))
+    kinds = sorted({result.case.kind for result in results})
+    figure, both = panels(len(kinds))
     windows = sorted({0, *(result.case.window for result in results)})
-    for kind, axes in panels.items():
+    for kind, axes in zip(kinds, both, strict=True):
         own = [result for result in results if result.case.kind == kind]
         longest = max(result.case.length for result in own)
         for color, head_dim in enumerate(_head_dims(results)):
@@ -80,27 +86,20 @@ def _draw_windows(path: Path, results: Sequence[Result]) -> Path:
                 _plot(axes, [(0, 1.0), *sorted(points)], f"C{color}", _STYLES[style % len(_STYLES)], label)
         axes.set(title=f"{kind}, {longest:,} tokens", xlabel="window (tokens)", ylabel="time / time without a window")
         axes.set_xticks(windows)
-        axes.grid(alpha=0.3)
-    return _save(figure, path)
-
-
-def _figure(names: Sequence[Name]) -> tuple[Any, dict[Name, Any]]:
-    """A figure with a panel for each name."""
-    figures = require("matplotlib.figure", "bench", "drawing the figures")
-    figure = figures.Figure(figsize=(4.2 * len(names), 3.8), layout="constrained")
-    return figure, dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True))
+    return _finish("speed-windows", "What a window costs: time over that of the same method without one.", figure)
 
 
 def _panels(results: Sequence[Result]) -> tuple[Any, dict[int, Any]]:
     """A figure with a panel for each head size."""
-    figure, panels = _figure(_head_dims(results))
-    for head_dim, axes in panels.items():
+    head_dims = _head_dims(results)
+    figure, found = panels(len(head_dims))
+    by_size = dict(zip(head_dims, found, strict=True))
+    for head_dim, axes in by_size.items():
         lengths = sorted({result.case.length for result in results if result.case.head_dim == head_dim})
         axes.set(title=f"head size {head_dim}", xscale="log")
         axes.set_xticks(lengths, [_short(length) for length in lengths])
         axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3)
-    return figure, panels
+    return figure, by_size
 
 
 def _short(tokens: int) -> str:
@@ -131,9 +130,7 @@ def _plot(axes: Any, points: Points, color: str, style: str, label: str) -> None
         axes.plot(*zip(*points, strict=True), color=color, linestyle=style, marker="o", markersize=3, label=label)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _finish(name: str, caption: str, figure: Any) -> Picture:
     for axes in figure.axes:
-        axes.legend(fontsize="x-small")
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=150)
-    return path
+        add_legend(axes)
+    return Picture(name, caption, figure)
