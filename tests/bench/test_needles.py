@@ -459,7 +459,7 @@ def test_earlier_questions_are_of_use_to_heavy_tokens_alone(tmp_path: Path):
 @pytest.mark.usefixtures("without_matplotlib")
 def test_without_matplotlib_everything_else_works(tmp_path: Path):
     shown = ok(*SMALL, "--out", tmp_path).stdout
-    assert "no figure: drawing the figure needs matplotlib: pip install 'taylor-attention[bench]'" in shown
+    assert "no figure: drawing the figures needs matplotlib: pip install 'taylor-attention[bench]'" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
-from ..core.storage import replacing
-from ..errors import require
+from .evidence.drawing import panels
+from .evidence.experiment import Picture
 from .needles import Result
 from .needles_plan import AGE, MARGIN, PARAMETERS, TIES, Case, Settings, Sweep
 
 _MARKERS = "osD^v"  # by degree
-_SIZE = (18.0, 6.8)  # inches
+_SIZE = (5.6, 6.4)  # inches of a panel
 _AXIS = {
     MARGIN: "margin over the mean background score",
     TIES: "needles (ties)",
@@ -21,8 +20,8 @@ _AXIS = {
 }
 
 
-def draw(path: Path, sweeps: Sequence[Sweep], results: Mapping[Case, Result], settings: Settings) -> Path:
-    """Draw medians over streams with their quartiles as a PNG, replaced atomically.
+def draw(sweeps: Sequence[Sweep], results: Mapping[Case, Result], settings: Settings) -> Picture:
+    """Medians over streams with their quartiles.
 
     A panel for each parameter, a colour for each kind of method, a marker for each degree. Dotted lines are of needles
     in the window, and only of methods that have one; lines of methods without are broad. With heavy tokens a method has
@@ -31,25 +30,23 @@ def draw(path: Path, sweeps: Sequence[Sweep], results: Mapping[Case, Result], se
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    figures = require("matplotlib.figure", "bench", "drawing the figure")
-    figure = figures.Figure(figsize=_SIZE, layout="constrained")
-    panels = dict(zip(PARAMETERS, figure.subplots(1, len(PARAMETERS), sharey=True), strict=True))
+    figure, axes = panels(len(PARAMETERS), width=_SIZE[0], height=_SIZE[1])
+    by_parameter = dict(zip(PARAMETERS, axes, strict=True))
     looks = _looks(settings.methods)
     for sweep in sweeps:
         for name, options in settings.methods.items():
             if "window" in options or not sweep.inside:
-                _plot(panels[sweep.name], sweep, [results[case] for case in sweep.cases], name, looks[name])
-    for parameter, axes in panels.items():
-        _dress(axes, [sweep for sweep in sweeps if sweep.name == parameter])
-    panels[MARGIN].set_ylabel("||y - softmax|| / ||softmax||")
-    figure.legend(*panels[AGE].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize="small")
-    figure.suptitle(
+                _plot(by_parameter[sweep.name], sweep, [results[case] for case in sweep.cases], name, looks[name])
+    for parameter, each in by_parameter.items():
+        _dress(each, [sweep for sweep in sweeps if sweep.name == parameter])
+    by_parameter[MARGIN].set_ylabel("||y - softmax|| / ||softmax||")
+    figure.legend(*by_parameter[AGE].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize="small")
+    caption = (
         f"Error beside softmax over {settings.length:,} tokens, head size {settings.head_dim}, background scores "
-        f"{settings.mean:g} ± {settings.spread:g}; medians and quartiles of {settings.heads * settings.seeds} streams"
+        f"{settings.mean:g} ± {settings.spread:g}; medians and quartiles of {settings.heads * settings.seeds} streams. "
+        "Dotted: needles in the window."
     )
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=80, pil_kwargs={"optimize": True})
-    return path
+    return Picture("needles", caption, figure)
 
 
 def _looks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -91,4 +88,3 @@ def _dress(axes: Any, sweeps: Sequence[Sweep]) -> None:
     ticks = sorted({getattr(case, parameter) for sweep in sweeps for case in sweep.cases})
     axes.set_xticks(ticks, [f"{tick:,}" if isinstance(tick, int) else f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
-    axes.grid(alpha=0.3)

@@ -138,3 +138,31 @@ def in_order(sweeps: Iterable[Sweep]) -> list[Case]:
     """Every case once, those with the oldest needles first: what stands before them is read once for all."""
     cases = {case for sweep in sweeps for case in sweep.cases}
     return sorted(cases, key=lambda case: (-case.age - case.ties, case.ties, case.margin))
+
+
+FULL: dict[str, Any] = {
+    "margin": (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0),
+    "ties": (1, 4, 16, 64),
+    "age": (10, 100, 1000, 10_000, 100_000),
+    "length": Settings.length,
+    "heads": Settings.heads,
+    "seeds": Settings.seeds,
+}
+QUICK: dict[str, Any] = {
+    "margin": (0.0, 4.0, 8.0, 12.0),
+    "ties": (1, 16),
+    "age": (10, 100, 1000),
+    "length": 4096,
+    "heads": 2,
+    "seeds": 2,
+}
+"""Where nothing is asked for: at length, and for a quick look."""
+
+AT = (10.0, 4, 1000)
+DEGREES = (2, 4)
+WINDOW, SINKS = 256, 4
+
+
+def default_heavy(window: int) -> int:
+    """Places of methods that have some: a quarter of the window's."""
+    return max(1, window // 4)

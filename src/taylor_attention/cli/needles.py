@@ -10,19 +10,24 @@ from typing import Any
 
 import click
 import torch
-from rich.table import Table
 
 from ..bench import needles_figure
+from ..bench.evidence.drawing import save_pictures
+from ..bench.evidence.needles_shown import number, tabulate_sweeps
 from ..bench.journal import Journal
 from ..bench.needles import Bench, Result, check
 from ..bench.needles_plan import (
-    AGE,
-    MARGIN,
+    AT,
+    DEGREES,
+    FULL,
     PARAMETERS,
-    TIES,
+    QUICK,
+    SINKS,
+    WINDOW,
     Case,
     Settings,
     Sweep,
+    default_heavy,
     in_order,
     make_methods,
     plan_sweeps,
@@ -40,32 +45,10 @@ from .console import (
     err,
     json_option,
     make_folder,
-    out,
+    out_wide,
     progress_bar,
-    size,
-    table,
+    show,
 )
-
-FULL: dict[str, Any] = {
-    "margin": (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0),
-    "ties": (1, 4, 16, 64),
-    "age": (10, 100, 1000, 10_000, 100_000),
-    "length": Settings.length,
-    "heads": Settings.heads,
-    "seeds": Settings.seeds,
-}
-QUICK: dict[str, Any] = {
-    "margin": (0.0, 4.0, 8.0, 12.0),
-    "ties": (1, 16),
-    "age": (10, 100, 1000),
-    "length": 4096,
-    "heads": 2,
-    "seeds": 2,
-}
-AT = (10.0, 4, 1000)
-DEGREES = (2, 4)
-WIDE = 140  # columns where stdout is no terminal: a file is as wide as its tables
-COLUMN = {MARGIN: "margin {0.margin:g}", TIES: "ties {0.ties:,}", AGE: "age {0.age:,}"}
 
 
 def _default(name: str) -> str:
@@ -88,9 +71,9 @@ def _default(name: str) -> str:
 )
 @click.option("--length", type=COUNT, help=f"Of the stream, in tokens {_default('length')}.")
 @click.option(
-    "--window", type=click.IntRange(2, MAX_COUNT), default=256, show_default=True, help="Of methods with one."
+    "--window", type=click.IntRange(2, MAX_COUNT), default=WINDOW, show_default=True, help="Of methods with one."
 )
-@click.option("--sinks", type=COUNT, default=4, show_default=True, help="Of the method that has some.")
+@click.option("--sinks", type=COUNT, default=SINKS, show_default=True, help="Of the method that has some.")
 @click.option("--heavy", type=COUNT, help="Places of methods that have some, off their window [a quarter of it].")
 @click.option("--degree", multiple=True, type=DEGREE, help=f"Of the series; repeatable {[*DEGREES]}.")
 @click.option("--method", multiple=True, help="Measure this one only, by its name in the tables; repeatable [all].")
@@ -123,7 +106,7 @@ def needles(folder: str, resume: bool, quick: bool, as_json: bool, **given: Any)
     defaults = QUICK if quick else FULL
     given = {name: defaults.get(name, value) if value in (None, ()) else value for name, value in given.items()}
     window, sinks, heavy = (given.pop(name) for name in ("window", "sinks", "heavy"))
-    heavy = heavy or max(1, window // 4)
+    heavy = heavy or default_heavy(window)
     expect(heavy < window, "--heavy", f"fewer than the window's {window}", heavy)
     margins, ties, ages = (given.pop(name) for name in PARAMETERS)
     sweeps = plan_sweeps(Case(*given.pop("at")), margins, ties, ages, window - heavy)
@@ -143,7 +126,7 @@ def needles(folder: str, resume: bool, quick: bool, as_json: bool, **given: Any)
         sys.exit(130)
     summary = _summarise(settings, sweeps, results, target)
     if not as_json:
-        _report(summary, sweeps, results)
+        _report(summary, settings, sweeps, results)
     emit_json(summary)
 
 
@@ -165,7 +148,7 @@ def _measure_all(cases: Sequence[Case], bench: Bench, journal: Journal[Result]) 
                 found = bench.measure(case)
                 journal.append(found)
                 if not console.is_terminal:
-                    errors = ", ".join(f"{name} {_number(found.quartiles(name)[1])}" for name in found.errors)
+                    errors = ", ".join(f"{name} {number(found.quartiles(name)[1])}" for name in found.errors)
                     console.print(f"{_describe(case)}: {errors}", markup=False, soft_wrap=True)
             results[case] = found
             bar.advance(task)
@@ -176,17 +159,13 @@ def _describe(case: Case) -> str:
     return f"margin {case.margin:g}, ties {case.ties:,}, age {case.age:,}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.2g}"
-
-
 def _summarise(
     settings: Settings, sweeps: Sequence[Sweep], results: Mapping[Case, Result], folder: Path
 ) -> dict[str, Any]:
     """Everything that the run found, with its figure drawn."""
     try:
-        figure = str(needles_figure.draw(folder / "needles.png", sweeps, results, settings))
-        missing = None
+        [path] = save_pictures([needles_figure.draw(sweeps, results, settings)], folder)
+        figure, missing = str(path), None
     except MissingDependencyError as error:
         figure, missing = None, str(error)
     return {
@@ -205,42 +184,15 @@ def _brief(result: Result) -> dict[str, Any]:
     return {name: value for name, value in result.to_dict().items() if name != "errors"}
 
 
-def _report(summary: dict[str, Any], sweeps: Sequence[Sweep], results: Mapping[Case, Result]) -> None:
+def _report(
+    summary: dict[str, Any], settings: Settings, sweeps: Sequence[Sweep], results: Mapping[Case, Result]
+) -> None:
     """Print a table per sweep, what the numbers are, and where the files are."""
-    console = out()
-    if not console.is_terminal:
-        console.width = max(console.width, WIDE)
-    for sweep in sweeps:
-        console.print(_table(sweep, [results[case] for case in sweep.cases], summary["bytes_per_head"]))
-    settings = summary["settings"]
-    figure = summary["figure"]
+    console, figure = out_wide(), summary["figure"]
+    for each in tabulate_sweeps(settings, sweeps, results):
+        show(console, each)
     for line in (
-        f"||y - softmax|| / ||softmax|| of the last of {settings['length']:,} tokens, medians over "
-        f"{settings['heads'] * settings['seeds']} streams; background scores {settings['mean']:g} +- "
-        f"{settings['spread']:g}; chance of each earlier query to ask as the last one does {settings['asked']:g}. "
-        "bytes: of the state, per sequence and head. wide window D: as many bytes as window + taylor D takes, all of "
-        "them in a window.",
         f"no figure: {summary['no_figure']}" if figure is None else f"figure: {figure}",
         f"results: {summary['out']}",
     ):
         console.print(line, markup=False, soft_wrap=True)
-
-
-def _table(sweep: Sweep, results: Sequence[Result], nbytes: Mapping[str, int]) -> Table:
-    """A row per method, a column per case; first what softmax gives to the needles."""
-    columns = (COLUMN[sweep.name].format(case) for case in sweep.cases)
-    shown = table(_title(sweep, sweep.cases[0]), "", "bytes", *columns)
-    shown.add_row("softmax's weight of the needles", "", *(_number(result.weight) for result in results))
-    shown.add_section()
-    for name in results[0].errors:
-        shown.add_row(name, size(nbytes[name]), *(_number(result.quartiles(name)[1]) for result in results))
-    return shown
-
-
-def _title(sweep: Sweep, case: Case) -> str:
-    fixed = {
-        MARGIN: f"needles: {case.ties:,}, age {case.age:,}",
-        TIES: f"margin {case.margin:g}, age {case.age:,}",
-        AGE: f"needles: {case.ties:,}, margin {case.margin:g}",
-    }
-    return f"Error by {sweep.name} ({fixed[sweep.name]}{', in the window' if sweep.inside else ''})"

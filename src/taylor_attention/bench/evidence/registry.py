@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     capacity,
     length,
+    needles,
     precision,
     pretrained,
     recall,
@@ -23,6 +24,7 @@ _ALL = (
     reconstruction.EXPERIMENT,
     runtime.EXPERIMENT,
     score_map.EXPERIMENT,
+    needles.EXPERIMENT,
     training.EXPERIMENT,
     length.EXPERIMENT,
     capacity.EXPERIMENT,
