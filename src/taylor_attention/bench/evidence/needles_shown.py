@@ -43,8 +43,8 @@ def tabulate_sweeps(settings: Settings, sweeps: Sequence[Sweep], results: Result
     told = (
         f"||y - softmax|| / ||softmax|| of the last of {settings.length:,} tokens, medians over {streams} streams; "
         f"background scores {settings.mean:g} +- {settings.spread:g}; chance of each earlier query to ask as the last "
-        f"one does {settings.asked:g}. kB: of the state, per sequence and head. wide window D: as many bytes as window + "
-        "taylor D takes, all of them in a window."
+        f"one does {settings.asked:g}. kB: of the state, per sequence and head. wide window D: as many bytes as "
+        "window + taylor D takes, all of them in a window."
     )
     return [*made[:-1], Table(made[-1].title, made[-1].columns, made[-1].rows, told)]
 
