@@ -148,3 +148,11 @@ def test_exceptions_outside_a_model_are_refused():
         MIXED.nbytes(1, layers=2, kv_heads=2, head_dim=4)
     with pytest.raises(ArgumentError, match="tokens: expected an int >= 0, got -1"):
         MIXED.nbytes(-1, layers=2, kv_heads=3, head_dim=4)
+
+
+@pytest.mark.parametrize(("degree", "tokens"), [(1, 82), (2, 2243)])
+def test_moments_take_the_bytes_of_so_many_cached_tokens(degree: int, tokens: int):
+    """As docs/pretrained.md and docs/transformers.md say: d = 64, float32."""
+    alone = HeadSettings(window=1, sinks=0, heavy=0, degree=None)
+    moments = replace(alone, degree=degree).nbytes(8192, 64, 64) - alone.nbytes(8192, 64, 64)
+    assert round(moments / (2 * 64 * 4)) == tokens
