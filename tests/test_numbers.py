@@ -1,4 +1,4 @@
-"""Measured numbers of the pages come from the committed results: what is no part of the evidence says where it is from."""
+"""Numbers of the pages are those of the committed results; what is no part of the evidence says where it is from."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ELSEWHERE = {
     "reliability.md": {
         "names and tolerances of tests": "2000 2,000 15%",
         "the largest float16, and bounds on keys: 2^(96/3) and 2^(96/2)": "65,504 4.3e9 2.8e14",
-        "the table whose script stands below it": "1.5e-7 7.9e-8 1.6e-7 2.4e-7 3.6e-6 1.0e-6 3.8e-5 5.9e-6 3.0e-4 9.7e-5 "
-        "0.051 0.030 9.6e-3 2,500",
+        "the table whose script stands below it": "1.5e-7 7.9e-8 1.6e-7 2.4e-7 3.6e-6 1.0e-6 3.8e-5 5.9e-6 3.0e-4 "
+        "9.7e-5 0.051 0.030 9.6e-3 2,500",
     },
     "transformers.md": {
         "versions": "5.20 4.5",
