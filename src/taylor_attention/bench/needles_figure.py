@@ -12,7 +12,7 @@ from .needles import Result
 from .needles_plan import AGE, MARGIN, PARAMETERS, TIES, Case, Settings, Sweep
 
 _MARKERS = "osD^v"  # by degree
-_SIZE = (5.6, 6.4)  # inches of a panel
+_SIZE = (4.8, 5.6)  # inches of a panel
 _AXIS = {
     MARGIN: "margin over the mean background score",
     TIES: "needles (ties)",

@@ -30,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "degree 4, heads of 8": heads(8, degree=4),
     "window 448 alone, RoPE": heads(32, degree=None, window=448, rope=True),
     "degree 2 in the first layer + window 128, near RoPE": heads(32, **FIRST, rope="near"),
+    "degree 2 in the first layer + window 128, near RoPE, decay": heads(32, **FIRST, rope="near", decay="head"),
 }
 """Heads of 32 unless they say otherwise."""
 
