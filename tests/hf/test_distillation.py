@@ -9,8 +9,9 @@ import torch
 
 from taylor_attention import hf
 from taylor_attention.errors import ArgumentError, StorageError
-from taylor_attention.hf.distillation import Learner, choose, distill
+from taylor_attention.hf.distillation import choose, distill
 from taylor_attention.hf.distilled import Distilled, measure_learned, with_far_maps
+from taylor_attention.hf.learner import Learner
 from taylor_attention.hf.models import sizes_of
 from taylor_attention.hf.profiling import next_token_loss
 from taylor_attention.hf.profiling.observe import observing
@@ -48,7 +49,8 @@ def begun(model, piece, settings, layer=0):
     learner = Learner(settings.layer(layer, 2), sizes_of(model.config), 10)
     seen = seen_by(model, piece)[layer]
     learner.begin(seen)
-    torch.nn.init.normal_(learner.gain)
+    for x in (learner.gain, learner.query_offset, learner.key_offset):
+        torch.nn.init.normal_(x)
     return learner, seen
 
 
@@ -64,8 +66,8 @@ def test_the_error_is_that_of_the_attention_that_is_used_afterwards(model, piece
     key = key - centre[head]
     y = attention_reference(
         query, key, value, degree=2, window=settings.window, sinks=settings.sinks, scale=seen.scale,
-        far_query=query @ maps.query_map[heads].double(),
-        far_key=key @ maps.key_map[head].double(), far_gain=maps.gain[heads],
+        far_query=query @ maps.query_map[heads, :8].double() + maps.query_map[heads, 8:].double(),
+        far_key=key @ maps.key_map[head, :8].double() + maps.key_map[head, 8].double(), far_gain=maps.gain[heads],
     )  # fmt: skip
     exact = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=seen.scale, enable_gqa=True

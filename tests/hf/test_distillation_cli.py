@@ -32,7 +32,7 @@ def test_what_it_writes_is_used_as_it_says(folder: Path, tmp_path: Path) -> None
     result = run(folder, tmp_path, "--json")
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
-    assert (told["pieces"], len(told["errors"])) == (4, 4)
+    assert (told["pieces"], len(told["errors"]), len(told["divergences"])) == (4, 4, 4)
     assert set(told["effect"]) == {"softmax", "learned", "windows", "bytes", "window"}
     learned = hf.Distilled.load(tmp_path)
     assert len(learned.maps) == LAYERS
@@ -47,16 +47,27 @@ def test_it_tells_what_it_found(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     told = " ".join(result.stdout.split())
     assert "learned from 4 pieces of 60 tokens" in told
+    assert "divergence from softmax" in told
     assert "windows alone" in told
 
 
 def test_finished_work_is_not_done_again(folder: Path, tmp_path: Path) -> None:
     assert run(folder, tmp_path, "--no-effect").exit_code == 0
     again = run(folder, tmp_path, "--no-effect", "--resume", "--json")
-    assert (again.exit_code, json.loads(again.stdout)["errors"]) == (0, [])
+    assert again.exit_code == 0
+    assert [json.loads(again.stdout)[name] for name in ("errors", "divergences")] == [[], []]
     other = run(folder, tmp_path, "--no-effect", "--resume", "--seed", "1")
     assert other.exit_code == 2
     assert "expected the work on these texts with these settings" in other.stderr
+
+
+def test_layers_need_not_learn_together(folder: Path, tmp_path: Path) -> None:
+    """What each has learned alone is then what is left."""
+    results = [run(folder, tmp_path / name, "--json", "--no-effect", "--together", name) for name in ("0", "60")]
+    assert [len(json.loads(result.stdout)["divergences"]) for result in results] == [0, 1]
+    alone, together = (hf.Distilled.load(tmp_path / name) for name in ("0", "60"))
+    assert alone.settings == together.settings
+    assert not torch.equal(alone.maps[0].gain, together.maps[0].gain)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
-"""`taylor-attention distill`: learn a cheap far part for a pretrained model, layer by layer."""
+"""`taylor-attention distill`: learn a cheap far part for a pretrained model, layer by layer and then all together."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,14 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--degree", type=DEGREE, default=2, show_default=True, help="Of the far part.")
 @click.option("--far-dim", type=click.IntRange(1, 64), default=8, show_default=True, help="Entries of a far key.")
 @click.option("--length", type=COUNT, default=4096, show_default=True, help="Tokens that are read together.")
-@click.option("--tokens", type=COUNT, default=200_000, show_default=True, help="To learn from, at most.")
+@click.option("--tokens", type=COUNT, default=65_536, show_default=True, help="To learn from, at most.")
+@click.option(
+    "--together",
+    type=COUNT_OR_NONE,
+    default=65_536,
+    show_default=True,
+    help="Tokens of these that all layers then learn from together, at most; 0: none.",
+)
 @click.option("--steps", type=COUNT, default=8, show_default=True, help="Of each layer for each piece of text.")
 @click.option("--queries", type=COUNT, default=24, show_default=True, help="Of each head that a step looks at.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the choice of queries.")
@@ -57,9 +65,11 @@ def distill(model: str, texts: Sequence[Path], folder: str, as_json: bool, **ask
     """Learn, for each layer of MODEL, a few entries that stand for what its far tokens say.
 
     MODEL is a folder, or a name on the hub where that can be reached: a language model. Its weights stay as they are.
-    The last two pieces of the texts are not learned from. On the first of them heads are found whose far part does not
-    earn its bytes, and lose it; on the other one the end effect is measured, beside softmax, and beside the same number
-    of bytes spent on longer windows. What is learned is used with `hf.Distilled.load(FOLDER).use(model)`.
+    First each layer learns alone, from what softmax gives it; then all learn together, by the next-token distributions
+    of the whole model. The last two pieces of the texts are not learned from. On the first of them heads are found
+    whose far part does not earn its bytes, and lose it; on the other one the end effect is measured, beside softmax,
+    and beside the same number of bytes spent on longer windows. What is learned is used with
+    `hf.Distilled.load(FOLDER).use(model)`.
     """
     gguf, device = asked["gguf_file"], asked["device"]
     if gguf is not None:
@@ -70,6 +80,7 @@ def distill(model: str, texts: Sequence[Path], folder: str, as_json: bool, **ask
     from ..hf.distillation import distill as learn
     from ..hf.distilled import measure_learned, with_far_maps
     from ..hf.settings import HeadSettings, ModelSettings
+    from ..hf.together import learn_together, parts
 
     if asked["settings"] is None:
         kept = ModelSettings(HeadSettings(asked["window"], asked["sinks"], 0, asked["degree"]))
@@ -86,31 +97,60 @@ def distill(model: str, texts: Sequence[Path], folder: str, as_json: bool, **ask
     learned_from = pieces[: max(1, min(len(pieces) - 2, asked["tokens"] // length))]
     options = {name: asked[name] for name in ("steps", "queries", "seed", "resume")}
     errors: list[float] = []
-    with progress_bar("{task.fields[error]}") as bar:
-        task = bar.add_task("pieces", total=len(learned_from), error="")
+    with _progress("each layer alone", len(learned_from), "error") as told:
 
         def notify(found: list[float]) -> None:
             errors.append(sum(found) / len(found))
-            bar.update(task, advance=1, error=f"error {errors[-1]:.3f}")
+            told(errors[-1])
 
         learned = learn(network, learned_from, settings, folder=target, notify=notify, **options)
     with err().status("choosing the heads where it pays"):
         learned = choose(network, learned, pieces[-2:-1])
         learned.save(target)
     far = sum(head.far_dim is not None for head in learned.settings.heads.values())
+    divergences: list[float] = []
+    if asked["together"] and far:
+        shorter = parts(learned_from, learned.settings, asked["together"], asked["seed"])
+        again = {name: asked[name] for name in ("seed", "resume")}
+        with _progress("all together", len(shorter), "divergence") as told:
+
+            def note(found: float) -> None:
+                divergences.append(found)
+                told(found)
+
+            learned = learn_together(network, learned, shorter, folder=target, notify=note, **again)
+        learned.save(target)
     effect = None
     if not asked["no_effect"]:
         with err().status("measuring the end effect"):
             effect = measure_learned(network, learned, pieces[-1:])
     if as_json:
         return emit_json(
-            {"folder": str(target), "pieces": len(learned_from), "heads": far, "errors": errors, "effect": effect}
+            {
+                "folder": str(target),
+                "pieces": len(learned_from),
+                "heads": far,
+                "errors": errors,
+                "divergences": divergences,
+                "effect": effect,
+            }
         )
     out().print(f"{target}: learned from {len(learned_from)} pieces of {length:,} tokens")
     out().print(f"heads with a far part that earns its bytes: {far} of {len(learned.settings.heads)}")
     if errors:
         out().print(f"relative squared error of a layer's outputs: {errors[0]:.3f} at first, {errors[-1]:.3f} at last")
+    if divergences:
+        first, last = (sum(few) / len(few) for few in (divergences[:8], divergences[-8:]))
+        out().print(f"divergence from softmax, nats per token: {first:.4f} at first, {last:.4f} at last")
     if effect is not None:
         out().print(f"loss of the later half of a held-out piece, nats per token: {effect['softmax']:.4f} with softmax")
         out().print(f"  learned far part {effect['learned']:.4f}, at {size(effect['bytes'])} of state")
         out().print(f"  windows alone {effect['windows']:.4f}, of as many bytes")
+
+
+@contextmanager
+def _progress(name: str, total: int, measure: str) -> Iterator[Callable[[float], None]]:
+    """A bar of so many pieces that a call advances, with what was measured."""
+    with progress_bar("{task.fields[found]}") as bar:
+        task = bar.add_task(name, total=total, found="")
+        yield lambda found: bar.update(task, advance=1, found=f"{measure} {found:.3f}")

@@ -17,7 +17,7 @@ from . import layer_tensors
 from .models import sizes_of, text_config
 
 KIND = "key-centres"
-_NAME = "key_centre"
+NAME = "key_centre"
 
 
 def set_key_centres(model: PreTrainedModel, centres: Sequence[Tensor] | str | Path | None) -> None:
@@ -35,19 +35,19 @@ def set_key_centres(model: PreTrainedModel, centres: Sequence[Tensor] | str | Pa
         StorageError: the file cannot be read, or holds something else.
     """
     if centres is None:
-        return layer_tensors.put(model, [_NAME], None)
+        return layer_tensors.put(model, [NAME], None)
     found = load_key_centres(centres) if isinstance(centres, str | Path) else centres
     sizes = sizes_of(text_config(model))
     good = isinstance(found, Sequence) and len(found) == sizes.layers
     expect(good, "centres", f"a tensor for each of {sizes.layers} layers", shown(found))
     for index, centre in enumerate(found):
         _check_centre(index, centre, (sizes.kv_heads, sizes.head_dim))
-    return layer_tensors.put(model, [_NAME], [{_NAME: centre} for centre in found])
+    return layer_tensors.put(model, [NAME], [{NAME: centre} for centre in found])
 
 
 def key_centre(module: nn.Module) -> Tensor | None:
     """What an attention layer subtracts from its keys, [kv_heads, head_dim]; None: nothing."""
-    return layer_tensors.get(module, _NAME)
+    return layer_tensors.get(module, NAME)
 
 
 def save_key_centres(path: str | Path, centres: Sequence[Tensor]) -> None:
@@ -61,12 +61,12 @@ def save_key_centres(path: str | Path, centres: Sequence[Tensor]) -> None:
     expect(good, "centres", "a tensor for each layer", shown(centres))
     for index, centre in enumerate(centres):
         _check_centre(index, centre, tuple(centres[0].shape))
-    layer_tensors.write(path, KIND, [{_NAME: centre} for centre in centres])
+    layer_tensors.write(path, KIND, [{NAME: centre} for centre in centres])
 
 
 def load_key_centres(path: str | Path) -> list[Tensor]:
     """Read what `save_key_centres` wrote; StorageError if it cannot be read or is something else."""
-    return [each[_NAME] for each in layer_tensors.read(path, KIND, [_NAME])]
+    return [each[NAME] for each in layer_tensors.read(path, KIND, [NAME])]
 
 
 def _check_centre(index: int, centre: Tensor, shape: tuple[int, ...]) -> None:

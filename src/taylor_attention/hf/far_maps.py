@@ -1,9 +1,13 @@
 """Learned queries and keys for the far part: a few entries that stand for what a head's far tokens say.
 
-Of a query q and a key k, with the head's key centre subtracted (see `centres`), far scores are (q A) . (k B), A [d, f]
-of the query head and B [d, f] of the key/value head; far weights are exp(gain) times the series of that. Near tokens
-have their own softmax scores. Moments of size f cost little: at f = 8 and degree 2 as much as 23 tokens of a cache with
-d = 64.
+Of a query q and a key k, with the head's key centre subtracted (see `centres`), far scores are (q A + a) . (k B + b),
+A [d, f] and a [f] of the query head, B [d, f] and b [f] of the key/value head; far weights are exp(gain) times the
+series of that. Near tokens have their own softmax scores. Moments of size f cost little: at f = 8 and degree 2 as much
+as 23 tokens of a cache with d = 64.
+
+The offsets make the coefficients of the series a head's own. Where one entry of the far keys is constant, the score
+is t x + c with any c, and e^g (1 + (t x + c) + (t x + c)^2 / 2) = e^g ((t x + c + 1)^2 + 1) / 2 is any quadratic of x
+that is positive everywhere: e^g / 2 is its least value, -(c + 1) / t the place of that, e^g t^2 / 2 its curvature.
 """
 
 from __future__ import annotations
@@ -24,10 +28,13 @@ KIND = "far-maps"
 
 
 class FarMap(NamedTuple):
-    """What makes far queries and keys of one layer's, and the logarithm of a factor on far weights."""
+    """What makes far queries and keys of one layer's, and the logarithm of a factor on far weights.
 
-    query_map: Tensor  # [Hq, d, f]
-    key_map: Tensor  # [Hkv, d, f]
+    Maps have the d rows of a matrix, or one more: of what is added afterwards.
+    """
+
+    query_map: Tensor  # [Hq, d or d + 1, f]
+    key_map: Tensor  # [Hkv, d or d + 1, f]
     gain: Tensor  # [Hq]
 
     @property
@@ -37,11 +44,31 @@ class FarMap(NamedTuple):
 
     def far_query(self, query: Tensor) -> Tensor:
         """Of queries [B, Hq, n, d]: [B, Hq, n, f]."""
-        return query @ self.query_map.to(query.dtype)
+        return _map(query, self.query_map)
 
     def far_key(self, key: Tensor) -> Tensor:
         """Of centred keys [B, Hkv, n, d]: [B, Hkv, n, f]."""
-        return key @ self.key_map.to(key.dtype)
+        return _map(key, self.key_map)
+
+    def parts(self, head_dim: int) -> list[tuple[Tensor, Tensor]]:
+        """Of queries, then of keys: the matrix [H, d, f] and the offset [H, 1, f], of zeros where there is none."""
+        return [_parts(x, head_dim) for x in (self.query_map, self.key_map)]
+
+
+def with_offsets(matrix: Tensor, offset: Tensor) -> Tensor:
+    """One map [..., d + 1, f] of a matrix [..., d, f] and an offset [..., 1, f]."""
+    return torch.cat((matrix, offset), -2)
+
+
+def _map(x: Tensor, by: Tensor) -> Tensor:
+    """x [B, H, n, d] by [H, d or d + 1, f]: [B, H, n, f]."""
+    matrix, offset = _parts(by.to(x.dtype), x.shape[3])
+    return x @ matrix + offset
+
+
+def _parts(x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    matrix, offset = x.tensor_split([head_dim], 1)
+    return matrix, offset.sum(1, keepdim=True)
 
 
 def set_far_maps(model: PreTrainedModel, maps: Sequence[FarMap] | str | Path | None) -> None:
@@ -103,11 +130,12 @@ def _check(index: int, each: FarMap, sizes: Sizes | None) -> None:
         good = isinstance(x, Tensor) and x.is_floating_point() and x.ndim == axes
         expect(good, place, f"a floating-point tensor of {axes} axes", shown(x))
         expect(bool(x.isfinite().all()), place, "finite numbers", "NaN or infinity")
-    heads, head_dim, far_dim = each.query_map.shape
-    kv_heads = each.key_map.shape[0]
+    heads, rows, far_dim = each.query_map.shape
+    kv_heads, kv_rows = each.key_map.shape[:2]
     if sizes is not None:
-        heads, kv_heads, head_dim = sizes.query_heads, sizes.kv_heads, sizes.head_dim
-    wanted = {"query_map": (heads, head_dim, far_dim), "key_map": (kv_heads, head_dim, far_dim), "gain": (heads,)}
+        heads, kv_heads = sizes.query_heads, sizes.kv_heads
+        rows, kv_rows = (min(max(x, sizes.head_dim), sizes.head_dim + 1) for x in (rows, kv_rows))
+    wanted = {"query_map": (heads, rows, far_dim), "key_map": (kv_heads, kv_rows, far_dim), "gain": (heads,)}
     for name, shape in wanted.items():
         found = tuple(getattr(each, name).shape)
         expect(found == shape, f"maps[{index}].{name}", f"shape {shape}", found)

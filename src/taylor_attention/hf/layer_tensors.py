@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -33,6 +34,22 @@ def put(model: PreTrainedModel, names: Sequence[str], layers: Sequence[Named] | 
         place = next(module.parameters()).device
         for name in names:
             module.register_buffer(_PREFIX + name, tensors[name].detach().to(place, copy=True), persistent=False)
+
+
+@contextmanager
+def lending(model: PreTrainedModel, layers: Sequence[Named]) -> Iterator[None]:
+    """Let attention layers use these tensors themselves, which gradients reach, inside the block; then as before."""
+    modules = attention_layers(model)
+    before = [dict(module._buffers) for module in modules]
+    for module, tensors in zip(modules, layers, strict=True):
+        place = next(module.parameters()).device
+        module._buffers.update({_PREFIX + name: x.to(place) for name, x in tensors.items()})
+    try:
+        yield
+    finally:
+        for module, buffers in zip(modules, before, strict=True):
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def get(module: nn.Module, name: str) -> Tensor | None:
