@@ -21,13 +21,14 @@ SETTINGS = {
 each_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 
 
-def maps(heads: int = 4, kv_heads: int = 2, far_dim: int = FAR, seed: int = 0) -> list[hf.FarMap]:
+def maps(heads: int = 4, kv_heads: int = 2, far_dim: int = FAR, seed: int = 0, rows: int = 8) -> list[hf.FarMap]:
     draw = torch.Generator().manual_seed(seed)
 
     def numbers(*shape: int) -> torch.Tensor:
         return 0.3 * torch.randn(shape, generator=draw, dtype=torch.float64)
 
-    return [hf.FarMap(numbers(heads, 8, far_dim), numbers(kv_heads, 8, far_dim), numbers(heads)) for _ in range(LAYERS)]
+    shapes = (heads, rows, far_dim), (kv_heads, rows, far_dim), (heads,)
+    return [hf.FarMap(*(numbers(*shape) for shape in shapes)) for _ in range(LAYERS)]
 
 
 def mapped(settings: hf.ModelSettings = SETTINGS["all heads"], **options):
@@ -53,7 +54,7 @@ def test_maps_of_the_scores_themselves_change_nothing():
 @each_setting
 @pytest.mark.parametrize("cuts", [[5, 6, 11], list(range(1, 16))], ids=["chunks", "token by token"])
 def test_any_split_with_the_cache_is_one_call_without(settings, cuts):
-    model, tokens = mapped(settings), token_ids(2, 16)
+    model, tokens = mapped(settings, rows=9), token_ids(2, 16)  # with offsets
     expected, cache = model(tokens, use_cache=False).logits, hf.TaylorCache(model)
     pieces = [model(tokens[:, a:b], past_key_values=cache).logits for a, b in zip([0, *cuts], [*cuts, 16], strict=True)]
     assert relative_error(torch.cat(pieces, 1), expected) < FLOAT64
@@ -90,6 +91,33 @@ def test_a_saved_cache_goes_on(settings, tmp_path):
     expected = model(tokens[:, 9:], past_key_values=cache).logits
     loaded = hf.TaylorCache.load(tmp_path / "cache", model)
     assert torch.equal(model(tokens[:, 9:], past_key_values=loaded).logits, expected)
+
+
+@pytest.mark.parametrize(("rows", "last"), [(8, 0.0), (9, 1.0)])
+def test_an_offset_is_the_row_of_a_constant_entry(rows, last):
+    """A map of d + 1 rows is the matrix of [x, 1]; one of d rows has no offset."""
+    one, query, key = maps(rows=rows)[0], torch.randn(2, 4, 5, 8).double(), torch.randn(2, 2, 5, 8).double()
+
+    def by_definition(x, by):
+        return torch.nn.functional.pad(x, (0, 1), value=last)[..., :rows] @ by
+
+    assert relative_error(one.far_query(query), by_definition(query, one.query_map)) < FLOAT64
+    assert relative_error(one.far_key(key), by_definition(key, one.key_map)) < FLOAT64
+
+
+@pytest.mark.parametrize(("curvature", "place", "least"), [(1.0, 0.0, 0.5), (0.3, -2.0, 4.0), (7.0, 1.5, 0.01)])
+def test_any_positive_quadratic_is_a_far_weight(curvature, place, least):
+    """curvature (x - place)^2 + least of x = q . k: offsets make the coefficients of the series a head's own."""
+    t = (curvature / least) ** 0.5
+    asked, held = torch.zeros(1, 9, 9).double(), torch.zeros(1, 9, 9).double()
+    held[0, :8, :8] = torch.eye(8)
+    asked[0, :8, :8] = t * held[0, :8, :8]
+    asked[0, 8, 8], held[0, 8, 8] = -t * place - 1, 1
+    one = hf.FarMap(asked, held, torch.tensor([2 * least], dtype=torch.float64).log())
+    query, key = torch.randn(1, 1, 6, 8).double(), torch.randn(1, 1, 7, 8).double()
+    score, x = one.far_query(query) @ one.far_key(key).mT, query @ key.mT
+    weight = one.gain.exp() * (1 + score + score**2 / 2)
+    assert relative_error(weight, curvature * (x - place) ** 2 + least) < FLOAT64
 
 
 @torch.no_grad()
@@ -139,6 +167,7 @@ MISUSE = {
     "tensors": ([x.gain for x in maps()], r"maps\[0\]: expected a FarMap"),
     "other heads": (maps(heads=2), r"maps\[0\].query_map: expected shape \(4, 8, 3\), got \(2, 8, 3\)"),
     "other key heads": (maps(kv_heads=4), r"maps\[0\].key_map: expected shape \(2, 8, 3\), got \(4, 8, 3\)"),
+    "other rows": (maps(rows=10), r"maps\[0\].query_map: expected shape \(4, 9, 3\), got \(4, 10, 3\)"),
     "NaN": (wrong(gain=torch.full((4,), torch.nan)), r"maps\[0\].gain: expected finite numbers"),
     "a number": (wrong(gain=1.0), r"maps\[0\].gain: expected a floating-point tensor of 1 axes"),
     "two sizes": (wrong(key_map=maps(far_dim=2)[0].key_map), r"maps\[0\].key_map: expected shape \(2, 8, 3\)"),
