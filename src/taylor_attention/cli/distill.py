@@ -46,13 +46,13 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--degree", type=DEGREE, default=2, show_default=True, help="Of the far part.")
 @click.option("--far-dim", type=click.IntRange(1, 64), default=8, show_default=True, help="Entries of a far key.")
 @click.option("--length", type=COUNT, default=4096, show_default=True, help="Tokens that are read together.")
-@click.option("--tokens", type=COUNT, default=65_536, show_default=True, help="To learn from, at most.")
+@click.option("--tokens", type=COUNT, default=49_152, show_default=True, help="Each layer learns from alone, at most.")
 @click.option(
     "--together",
     type=COUNT_OR_NONE,
-    default=65_536,
+    default=81_920,
     show_default=True,
-    help="Tokens of these that all layers then learn from together, at most; 0: none.",
+    help="Tokens that all layers then learn from together, at most; 0: none.",
 )
 @click.option("--steps", type=COUNT, default=8, show_default=True, help="Of each layer for each piece of text.")
 @click.option("--queries", type=COUNT, default=24, show_default=True, help="Of each head that a step looks at.")
@@ -94,7 +94,7 @@ def distill(model: str, texts: Sequence[Path], folder: str, as_json: bool, **ask
         length = min(asked["length"], profiling.longest(network, tokenizer))
         pieces = profiling.pieces(tokenizer, [profiling.read_text(text) for text in texts], length)
     expect(len(pieces) >= 3, "--text", f"at least three pieces of {length} tokens", len(pieces))
-    learned_from = pieces[: max(1, min(len(pieces) - 2, asked["tokens"] // length))]
+    learned_from = pieces[:-2][: max(1, asked["tokens"] // length)]
     options = {name: asked[name] for name in ("steps", "queries", "seed", "resume")}
     errors: list[float] = []
     with _progress("each layer alone", len(learned_from), "error") as told:
@@ -110,7 +110,7 @@ def distill(model: str, texts: Sequence[Path], folder: str, as_json: bool, **ask
     far = sum(head.far_dim is not None for head in learned.settings.heads.values())
     divergences: list[float] = []
     if asked["together"] and far:
-        shorter = parts(learned_from, learned.settings, asked["together"], asked["seed"])
+        shorter = parts(pieces[:-2], learned.settings, asked["together"], asked["seed"])
         again = {name: asked[name] for name in ("seed", "resume")}
         with _progress("all together", len(shorter), "divergence") as told:
 
