@@ -15,7 +15,7 @@ from taylor_attention.cli.app import app
 from tiny_models import LAYERS, save_models
 
 SMALL = ["--window", "6", "--sinks", "1", "--far-dim", "3", "--length", "60", "--tokens", "240", "--steps", "2"]
-SMALL += ["--together", "168"]
+SMALL += ["--together", "336"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_what_it_writes_is_used_as_it_says(folder: Path, tmp_path: Path) -> None
     result = run(folder, tmp_path, "--json")
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
-    assert (told["pieces"], len(told["errors"]), len(told["divergences"])) == (4, 4, 3)
+    assert (told["pieces"], len(told["errors"]), len(told["divergences"])) == (4, 4, 5)
     assert set(told["effect"]) == {"softmax", "learned", "windows", "bytes", "window"}
     learned = hf.Distilled.load(tmp_path)
     assert len(learned.maps) == LAYERS

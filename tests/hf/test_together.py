@@ -77,7 +77,10 @@ def test_the_whole_model_comes_nearer_to_softmax(model, pieces, begun):
 
 @pytest.mark.parametrize("name", ["key_centre", "query_map", "key_map", "gain"])
 def test_gradients_of_what_layers_are_lent_are_those_of_differences(pieces, name):
-    model, learned = hf.use(causal_model("gpt2"), SETTINGS), by_chance(kv_heads=4)  # its norms are float64 throughout
+    learned = by_chance(kv_heads=4)
+    model = learned.use(causal_model("gpt2"))  # its norms are float64 throughout
+    layer = hf.models.attention_layers(model)[0]
+    before = layer_tensors.get(layer, name)
     named = zip(learned.centres, learned.maps, strict=True)
     layers = [{"key_centre": centre, **maps._asdict()} for centre, maps in named]
     layers = [{key: x.double().requires_grad_() for key, x in each.items()} for each in layers]
@@ -95,7 +98,7 @@ def test_gradients_of_what_layers_are_lent_are_those_of_differences(pieces, name
         own -= 2 * step * way
         below = loss()
     assert relative_error((gradient * way).sum(), (above - below) / (2 * step)) < 1e-5
-    assert layer_tensors.get(hf.models.attention_layers(model)[0], name) is None
+    assert layer_tensors.get(layer, name) is before
 
 
 def test_interrupted_work_goes_on_to_the_same_result(model, pieces, begun, tmp_path):
@@ -124,14 +127,20 @@ def test_work_from_other_maps_is_not_gone_on_with(model, pieces, begun, tmp_path
         learn_together(model, other, pieces[:2], folder=tmp_path, resume=True)
 
 
-def test_parts_are_cut_and_shuffled():
-    pieces = [torch.arange(100), torch.arange(100, 200), torch.arange(200, 230)]
-    found = parts(pieces, SETTINGS, 10**6)
-    assert sorted(len(part) for part in found) == [30, 40, 40, 40, 40]  # 8 times a window of 4 and a sink
-    whole = {tuple(x.tolist()) for each in pieces for x in (each[:40], each[40:80])} | {tuple(range(200, 230))}
-    assert {tuple(part.tolist()) for part in found} <= whole
-    assert [len(parts(pieces, SETTINGS, tokens)) for tokens in (1, 79, 80)] == [1, 1, 2]
-    assert [part[0].item() for part in found] != [part[0].item() for part in parts(pieces, SETTINGS, 10**6, seed=1)]
+def test_parts_are_short_ones_and_then_whole_ones():
+    pieces = [torch.arange(100 * n, 100 * n + 100) for n in range(10)]
+    found = parts(pieces, SETTINGS, 600)
+    assert [len(part) for part in found] == [40] * 5 + [100] * 4  # 40 is 8 times a window of 4 and a sink
+    firsts = [int(part[0]) for part in found]
+    assert all(
+        torch.equal(part, torch.arange(first, first + len(part))) for first, part in zip(firsts, found, strict=True)
+    )
+    assert all(first % 100 in (0, 40) for first in firsts[:5])
+    assert len(set(firsts)) == 9
+    assert not {first // 100 for first in firsts[:5]} & {first // 100 for first in firsts[5:]}
+    assert firsts == [int(part[0]) for part in parts(pieces, SETTINGS, 600)]
+    assert firsts != [int(part[0]) for part in parts(pieces, SETTINGS, 600, seed=1)]
+    assert [len(part) for part in parts(pieces, SETTINGS, 1)] == [100]
 
 
 MISUSE = {
@@ -146,6 +155,12 @@ def test_misuse_is_refused(model, pieces, begun, case):
     options, message = MISUSE[case]
     with pytest.raises(ArgumentError, match=f"^{message}"):
         learn_together(model, begun, **{"pieces": pieces[:1], **options})
+
+
+@pytest.mark.parametrize(("given", "tokens", "name"), [(1, 0, "tokens"), (0, 9, "pieces")])
+def test_no_parts_are_refused(pieces, given, tokens, name):
+    with pytest.raises(ArgumentError, match=f"^{name}: expected"):
+        parts(pieces[:given], SETTINGS, tokens)
 
 
 def test_without_a_far_part_there_is_nothing_to_learn(model, pieces, begun):

@@ -50,7 +50,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--together",
     type=COUNT_OR_NONE,
-    default=81_920,
+    default=65_536,
     show_default=True,
     help="Tokens that all layers then learn from together, at most; 0: none.",
 )

@@ -43,12 +43,12 @@ class Student(nn.Module):
 
     Args:
         learned: where they start from.
-        total: steps that there will be, for the learning rate.
+        total: tokens that it will learn from, for the learning rate.
     """
 
     def __init__(self, learned: Distilled, total: int) -> None:
         super().__init__()
-        self.total, self.step = total, 0
+        self.total, self.tokens, self.steps = total, 0, 0
         self.layers = list(map(_parameters, learned.centres, learned.maps))
         for index, each in enumerate(self.layers):
             self.add_module(str(index), each)
@@ -68,12 +68,12 @@ class Student(nn.Module):
             found.append({CENTRE: each["centre"], **maps._asdict()})
         return found
 
-    def learn(self, loss: Callable[[], Tensor]) -> float:
-        """One step down this loss, which is returned as it was before."""
-        self.step += 1
-        share = (1 + math.cos(math.pi * self.step / (self.total + 1))) / 2
+    def learn(self, loss: Callable[[], Tensor], tokens: int) -> float:
+        """One step down this loss of so many tokens, which is returned as it was before."""
+        share = (1 + math.cos(math.pi * (self.tokens + tokens / 2) / self.total)) / 2
+        self.tokens, self.steps = self.tokens + tokens, self.steps + 1
         for group in self.optimizer.param_groups:
-            group["lr"] = group["top"] * min(1.0, self.step / WARM) * (0.05 + 0.95 * share)
+            group["lr"] = group["top"] * min(1.0, self.steps / WARM) * (0.05 + 0.95 * share)
         self.optimizer.zero_grad()
         with torch.enable_grad():
             found = loss()
@@ -90,12 +90,13 @@ class Student(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to go on from."""
-        return tensors_of(self, self.optimizer) | {"step": torch.tensor(self.step)}
+        counts = {"tokens": torch.tensor(self.tokens), "steps": torch.tensor(self.steps)}
+        return tensors_of(self, self.optimizer) | counts
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `tensors` gave; KeyError or RuntimeError if it is of another model."""
         put_back(self, self.optimizer, tensors)
-        self.step = int(tensors["step"])
+        self.tokens, self.steps = int(tensors["tokens"]), int(tensors["steps"])
 
 
 def learn_together(
@@ -103,7 +104,7 @@ def learn_together(
     learned: Distilled,
     pieces: Sequence[Tensor],
     *,
-    positions: int = 512,
+    positions: int = 1024,
     seed: int = 0,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -131,7 +132,7 @@ def learn_together(
     reach = _reach([head for layer in range(sizes.layers) for head in learned.settings.layer(layer, sizes.kv_heads)])
     shortest = min(map(len, pieces), default=0)
     expect(shortest > reach, "pieces", f"more than {reach} tokens each, as many as a window and sinks", shortest)
-    student = Student(learned, len(pieces))
+    student = Student(learned, sum(map(len, pieces)))
     start = mark([*learned.centres, *(x for each in learned.maps for x in each)])
     about = {"texts": mark(pieces), "settings": str(learned.settings.to_dict()), "start": start}
     about |= {"numbers": str((positions, seed))}
@@ -150,15 +151,24 @@ def learn_together(
 
 
 def parts(pieces: Sequence[Tensor], settings: ModelSettings, tokens: int, seed: int = 0) -> list[Tensor]:
-    """Shorter pieces out of these, in an order by chance: so many tokens of them, or all.
+    """What to learn from, of so many tokens of these texts at most: short parts of some, then others whole.
 
-    Each is eight times as long as the shortest window with sinks, or whole: long enough for most of its tokens to see
-    far ones, and short enough for many steps.
+    A third of the tokens goes into parts eight times as long as the shortest window with sinks, which are many steps
+    for little time; the rest into whole pieces, since what is learned from short texts alone weighs far tokens too much
+    in longer ones. The order is by chance, and there is one whole piece at least.
     """
+    expect_int("tokens", tokens, 1)
+    expect(len(pieces) > 0, "pieces", "at least one", "none")
+    draw = torch.Generator().manual_seed(seed)
+    order = _shuffled(pieces, draw)
+    whole = order[: max(1, 2 * tokens // (3 * max(map(len, pieces))))]
     length = 8 * _reach([settings.default, *settings.heads.values()])
-    cut = [part for piece in pieces for part in piece.split(length) if len(part) == min(length, len(piece))]
-    order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [cut[index] for index in order[: max(1, tokens // max(map(len, cut), default=1))]]
+    short = [part for piece in order[len(whole) :] for part in piece.split(length) if len(part) == length]
+    return _shuffled(short, draw)[: tokens // (3 * length)] + whole
+
+
+def _shuffled(pieces: Sequence[Tensor], draw: torch.Generator) -> list[Tensor]:
+    return [pieces[index] for index in torch.randperm(len(pieces), generator=draw).tolist()]
 
 
 def _step(model: Any, student: Student, settings: ModelSettings, piece: Tensor, positions: Tensor) -> float:
@@ -171,7 +181,7 @@ def _step(model: Any, student: Student, settings: ModelSettings, piece: Tensor, 
         return functional.kl_div(own, exact, reduction="batchmean", log_target=True)
 
     with using(model, settings), torch.enable_grad(), layer_tensors.lending(model, student.tensors_of_layers()):
-        return student.learn(loss)
+        return student.learn(loss, len(piece))
 
 
 def _log_shares(model: Any, piece: Tensor, positions: Tensor) -> Tensor:
