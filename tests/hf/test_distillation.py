@@ -9,6 +9,7 @@ import torch
 
 from taylor_attention import hf
 from taylor_attention.errors import ArgumentError, StorageError
+from taylor_attention.hf import profiling
 from taylor_attention.hf.distillation import choose, distill
 from taylor_attention.hf.distilled import Distilled, measure_learned, with_far_maps
 from taylor_attention.hf.learner import Learner
@@ -129,12 +130,24 @@ def test_what_is_chosen_is_of_the_errors_that_are_learned(model, pieces):
     assert bool(taken.errors(seen, positions).isfinite().all())
 
 
+def divergence_by_definition(model, piece, settings):
+    """Of all positions of the later half."""
+    with profiling.effect.using(model, None):
+        exact = outputs(model, piece)[0, len(piece) // 2 :].softmax(-1)
+    with profiling.effect.using(model, settings):
+        own = outputs(model, piece)[0, len(piece) // 2 :].softmax(-1)
+    return float((exact * (exact / own).log()).sum(-1).mean())
+
+
 def test_what_a_folder_holds_does_to_a_model_what_is_told(model, pieces):
     learned = distill(model, pieces[:1], SETTINGS, steps=2, queries=16)
     found = measure_learned(model, learned, pieces[1:3])
     assert found["bytes"] == SETTINGS.nbytes(48, LAYERS, 2, 8)
     assert found["softmax"] == next_token_loss(model, pieces[1:3], None)
     plain = hf.HeadSettings(found["window"], 1, 0, None)
+    wanted = sum(divergence_by_definition(model, piece, plain) for piece in pieces[1:3]) / 2
+    assert found["divergence"]["windows"] == pytest.approx(wanted, rel=1e-3)
+    assert 0 < found["divergence"]["learned"] != found["divergence"]["windows"]
     assert found["windows"] == next_token_loss(model, pieces[1:3], plain)
     held = hf.ModelSettings(plain).nbytes(48, LAYERS, 2, 8)
     more = hf.ModelSettings(hf.HeadSettings(found["window"] + 1, 1, 0, None)).nbytes(48, LAYERS, 2, 8)

@@ -34,7 +34,7 @@ def test_what_it_writes_is_used_as_it_says(folder: Path, tmp_path: Path) -> None
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
     assert (told["pieces"], len(told["errors"]), len(told["divergences"])) == (4, 4, 5)
-    assert set(told["effect"]) == {"softmax", "learned", "windows", "bytes", "window"}
+    assert set(told["effect"]) == {"softmax", "learned", "windows", "divergence", "bytes", "window"}
     learned = hf.Distilled.load(tmp_path)
     assert len(learned.maps) == LAYERS
     assert told["heads"] == sum(head.far_dim == 3 for head in learned.settings.heads.values())

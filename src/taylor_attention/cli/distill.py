@@ -144,8 +144,11 @@ def distill(model: str, texts: Sequence[Path], folder: str, as_json: bool, **ask
         out().print(f"divergence from softmax, nats per token: {first:.4f} at first, {last:.4f} at last")
     if effect is not None:
         out().print(f"loss of the later half of a held-out piece, nats per token: {effect['softmax']:.4f} with softmax")
-        out().print(f"  learned far part {effect['learned']:.4f}, at {size(effect['bytes'])} of state")
-        out().print(f"  windows alone {effect['windows']:.4f}, of as many bytes")
+        for name, what in (("learned", "learned far part"), ("windows", "windows alone")):
+            out().print(
+                f"  {what} {effect[name]:.4f}, at a divergence from softmax of {effect['divergence'][name]:.4f}"
+            )
+        out().print(f"  both at {size(effect['bytes'])} of state")
 
 
 @contextmanager

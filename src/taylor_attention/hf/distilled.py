@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import expect
 from .centres import load_key_centres, save_key_centres, set_key_centres
 from .far_maps import FarMap, load_far_maps, save_far_maps, set_far_maps
 from .models import Model, sizes_of, text_config, use
-from .profiling.effect import next_token_loss, widest
+from .profiling.effect import divergence, log_shares, next_token_loss, using, widest
 from .settings import HeadSettings, ModelSettings
 
 _FILES = {"settings": "settings.json", "centres": "centres.safetensors", "maps": "far_maps.safetensors"}
@@ -80,21 +82,42 @@ def windows_alone(settings: ModelSettings, model: Any, tokens: int) -> HeadSetti
 
 
 def measure_learned(model: Any, learned: Distilled, pieces: Sequence[Tensor]) -> dict[str, Any]:
-    """Next-token losses on texts that were not learned from, of their later halves, in nats per token.
+    """What is left of softmax on texts that were not learned from, in their later halves, in nats per token.
 
     Returns:
-        {"softmax", "learned", "windows": losses, "bytes": of one sequence with what was learned, "window": of
-        `windows_alone`, whose loss stands beside it}.
+        {"softmax", "learned", "windows": next-token losses, "divergence": {"learned", "windows"}: from softmax's
+        next-token distributions, at 512 positions of each text, "bytes": of one sequence with what was learned,
+        "window": of `windows_alone`, which is measured beside it}.
     """
     tokens = max(map(len, pieces))
     plain, sizes = windows_alone(learned.settings, model, tokens), sizes_of(text_config(model))
-    losses = {"softmax": next_token_loss(model, pieces, None), "windows": next_token_loss(model, pieces, plain)}
-    set_key_centres(model, learned.centres)
-    set_far_maps(model, learned.maps)
+    losses, divergences = {"softmax": next_token_loss(model, pieces, None)}, {}
+    for name, settings in (("windows", ModelSettings(plain)), ("learned", learned.settings)):
+        with _having(model, learned if name == "learned" else None):
+            losses[name] = next_token_loss(model, pieces, settings)
+            divergences[name] = sum(_divergence(model, piece, settings) for piece in pieces) / len(pieces)
+    nbytes = learned.settings.nbytes(tokens, sizes.layers, sizes.kv_heads, sizes.head_dim, dtype=model.dtype)
+    return {**losses, "divergence": divergences, "bytes": nbytes, "window": plain.window}
+
+
+@contextmanager
+def _having(model: Any, learned: Distilled | None) -> Iterator[None]:
+    """Let a model, which has none of its own, have these key centres and maps inside the block."""
+    set_key_centres(model, None if learned is None else learned.centres)
+    set_far_maps(model, None if learned is None else learned.maps)
     try:
-        losses["learned"] = next_token_loss(model, pieces, learned.settings)
+        yield
     finally:
         set_key_centres(model, None)
         set_far_maps(model, None)
-    nbytes = learned.settings.nbytes(tokens, sizes.layers, sizes.kv_heads, sizes.head_dim, dtype=model.dtype)
-    return {**losses, "bytes": nbytes, "window": plain.window}
+
+
+@torch.no_grad()
+def _divergence(model: Any, piece: Tensor, settings: ModelSettings) -> float:
+    """From softmax, in the later half of a text."""
+    positions = torch.linspace(len(piece) // 2, len(piece) - 1, min(512, len(piece) // 2)).long()
+    found = []
+    for each in (None, settings):
+        with using(model, each):
+            found.append(log_shares(model, piece, positions))
+    return float(divergence(*found))

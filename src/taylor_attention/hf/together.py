@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..errors import expect, expect_int
 from . import layer_tensors
@@ -25,7 +24,7 @@ from .centres import NAME as CENTRE
 from .distilled import Distilled
 from .far_maps import FarMap, with_offsets
 from .models import check_settings, sizes_of, text_config
-from .profiling.effect import using
+from .profiling.effect import divergence, log_shares, using
 from .settings import HeadSettings, ModelSettings
 from .unfinished import keep, mark, put_back, take_up, tensors_of
 
@@ -174,21 +173,13 @@ def _shuffled(pieces: Sequence[Tensor], draw: torch.Generator) -> list[Tensor]:
 def _step(model: Any, student: Student, settings: ModelSettings, piece: Tensor, positions: Tensor) -> float:
     """One step from the next-token distributions at these positions; their mean divergence before it."""
     with using(model, None), torch.no_grad():
-        exact = _log_shares(model, piece, positions)
+        exact = log_shares(model, piece, positions)
 
     def loss() -> Tensor:
-        own = _log_shares(model, piece, positions)
-        return functional.kl_div(own, exact, reduction="batchmean", log_target=True)
+        return divergence(exact, log_shares(model, piece, positions))
 
     with using(model, settings), torch.enable_grad(), layer_tensors.lending(model, student.tensors_of_layers()):
         return student.learn(loss, len(piece))
-
-
-def _log_shares(model: Any, piece: Tensor, positions: Tensor) -> Tensor:
-    """Logarithms of the next-token distributions at some positions, [n, vocabulary]."""
-    there = positions.to(model.device)
-    logits = model(input_ids=piece.to(model.device)[None], use_cache=False, logits_to_keep=there).logits[0]
-    return logits.float().log_softmax(-1)
 
 
 def _reach(heads: Sequence[HeadSettings]) -> int:

@@ -60,6 +60,22 @@ def token_losses(
     return torch.cat(found)
 
 
+def log_shares(model: Any, piece: Tensor, positions: Tensor) -> Tensor:
+    """Logarithms of the next-token distributions at some positions of a text, [n, vocabulary], as the model attends."""
+    there = positions.to(model.device)
+    logits = model(input_ids=piece.to(model.device)[None], use_cache=False, logits_to_keep=there).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+def divergence(exact: Tensor, own: Tensor) -> Tensor:
+    """Kullback-Leibler divergence from one distribution to another, mean over positions, in nats per token.
+
+    Args:
+        exact, own: of `log_shares`.
+    """
+    return functional.kl_div(own, exact, reduction="batchmean", log_target=True)
+
+
 def embeddings(
     model: Any, pieces: Sequence[Tensor], settings: ModelSettings | HeadSettings | None, *, notify: Notify = None
 ) -> Tensor:
