@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,30 +125,26 @@ def distill(model: str, texts: Sequence[Path], folder: str, as_json: bool, **ask
         with err().status("measuring the end effect"):
             effect = measure_learned(network, learned, pieces[-1:])
     if as_json:
-        return emit_json(
-            {
-                "folder": str(target),
-                "pieces": len(learned_from),
-                "heads": far,
-                "errors": errors,
-                "divergences": divergences,
-                "effect": effect,
-            }
-        )
+        about = {"folder": str(target), "pieces": len(learned_from), "heads": far}
+        return emit_json({**about, "errors": errors, "divergences": divergences, "effect": effect})
     out().print(f"{target}: learned from {len(learned_from)} pieces of {length:,} tokens")
     out().print(f"heads with a far part that earns its bytes: {far} of {len(learned.settings.heads)}")
+    _tell(errors, divergences, effect)
+
+
+def _tell(errors: list[float], divergences: list[float], effect: Mapping[str, Any] | None) -> None:
+    """Write what was measured, in words; nothing of work that was done before."""
     if errors:
         out().print(f"relative squared error of a layer's outputs: {errors[0]:.3f} at first, {errors[-1]:.3f} at last")
     if divergences:
         first, last = (sum(few) / len(few) for few in (divergences[:8], divergences[-8:]))
         out().print(f"divergence from softmax, nats per token: {first:.4f} at first, {last:.4f} at last")
-    if effect is not None:
-        out().print(f"loss of the later half of a held-out piece, nats per token: {effect['softmax']:.4f} with softmax")
-        for name, what in (("learned", "learned far part"), ("windows", "windows alone")):
-            out().print(
-                f"  {what} {effect[name]:.4f}, at a divergence from softmax of {effect['divergence'][name]:.4f}"
-            )
-        out().print(f"  both at {size(effect['bytes'])} of state")
+    if effect is None:
+        return
+    out().print(f"loss of the later half of a held-out piece, nats per token: {effect['softmax']:.4f} with softmax")
+    for name, what in (("learned", "learned far part"), ("windows", "windows alone")):
+        out().print(f"  {what} {effect[name]:.4f}, divergence from softmax {effect['divergence'][name]:.4f}")
+    out().print(f"  both at {size(effect['bytes'])} of state")
 
 
 @contextmanager
