@@ -46,7 +46,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--degree", type=DEGREE, default=2, show_default=True, help="Of the far part.")
 @click.option("--far-dim", type=click.IntRange(1, 64), default=8, show_default=True, help="Entries of a far key.")
 @click.option("--length", type=COUNT, default=4096, show_default=True, help="Tokens that are read together.")
-@click.option("--tokens", type=COUNT, default=65_536, show_default=True, help="Each layer learns from alone, at most.")
+@click.option("--tokens", type=COUNT, default=49_152, show_default=True, help="Each layer learns from alone, at most.")
 @click.option(
     "--together",
     type=COUNT_OR_NONE,
