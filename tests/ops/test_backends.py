@@ -1,5 +1,6 @@
 """Who computes: the choice by itself, the choice by name, and what is said where the kernels are not there."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -239,6 +240,30 @@ def test_threads_of_python_may_compute_at_the_same_time():
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(work, jobs))
     assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * 8
+
+
+FEWER_THREADS = """
+import torch, taylor_attention as ta
+query, key, value = torch.randn(3, 4, 8, 200, 8).unbind(0)
+torch.set_num_threads(1)
+expected = ta.attention(query, key, value, degree=2, backend="cpu")
+torch.set_num_threads(2)
+print(torch.equal(ta.attention(query, key, value, degree=2, backend="cpu"), expected))
+"""
+
+
+@built
+def test_fewer_threads_than_asked_for_do_all_tasks():
+    """Each thread has tasks of its own: those of a thread that does not come are done by the others."""
+    run = subprocess.run(
+        [sys.executable, "-c", FEWER_THREADS],
+        env={**os.environ, "OMP_THREAD_LIMIT": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert run.stdout == "True\n", run.stderr
 
 
 OUT_OF_MEMORY = """

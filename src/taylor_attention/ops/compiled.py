@@ -35,7 +35,7 @@ _HISTORY = 2
 _PARALLEL_WORK = 2**20
 """Multiplications of whole sequences below which waking another thread costs more than it brings."""
 
-_PARALLEL_READ = 2**18
+_PARALLEL_READ = 2**16
 """The same for elements of the state read by one decoding step."""
 
 

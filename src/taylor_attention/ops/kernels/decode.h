@@ -289,7 +289,7 @@ template <class T> bool refuses(const Step& s) {
 template <class T, bool near> Index decode_rows(const Step& s) {
   if (refuses<T>(s)) return -1;                       // before anything is changed
   if (s.width > 0 && s.position == s.width) return 0;  // nor has a full tail been folded yet
-  const Index rows = s.batch * s.heads, parts = s.threads > 1 && rows > s.threads ? 4 * s.threads : s.threads;
+  const Index rows = s.batch * s.heads, parts = s.threads > 1 && rows > s.threads ? 2 * s.threads : s.threads;
   Index unsafe = 0;
   run_tasks(parts, s.threads, [&](Index part) {
     Decoding<T, near> decoding(s);

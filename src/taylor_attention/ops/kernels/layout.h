@@ -42,6 +42,7 @@ inline std::unique_ptr<OwnedLayout> make_layout(Index head_dim, Index degree) {
     }
     end = start;
   }
+  if (owned->blocks.empty()) lower = end;  // then one piece is all
   owned->view = {head_dim, degree, end, lower, end - lower - dropped,
                  owned->formed.data(), Index(owned->formed.size()), owned->blocks.data(), Index(owned->blocks.size()),
                  owned->every.data(), Index(owned->every.size()), owned->starts.data()};

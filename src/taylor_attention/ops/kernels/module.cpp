@@ -25,14 +25,24 @@ namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 #endif
 
-// A second pool of threads beside PyTorch's stalls both, so its own is used: GNU OpenMP's entry point, which PyTorch
-// has loaded for everyone to see. Where there is none, kernels run on one thread.
+// A second pool of threads beside PyTorch's stalls both, so its own is used: GNU OpenMP's entry points, which PyTorch
+// has loaded for everyone to see. Where there are none, kernels run on one thread.
 using ParallelRegion = void (*)(void (*)(void*), void*, unsigned, unsigned);
-static const ParallelRegion region = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+using ThreadNumber = int (*)();
+static const auto region = reinterpret_cast<ParallelRegion>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+static const auto thread_number = reinterpret_cast<ThreadNumber>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
 
-void parallel(Index threads, void (*body)(void*), void* data) {
-  if (region) region(body, data, static_cast<unsigned>(threads), 0);
-  else body(data);
+void parallel(Index threads, void (*body)(void*, Index), void* data) {
+  struct Region {
+    void (*body)(void*, Index);
+    void* data;
+    static void enter(void* self) {
+      auto* r = static_cast<Region*>(self);
+      r->body(r->data, thread_number());
+    }
+  } all = {body, data};
+  if (region && thread_number) region(all.enter, &all, static_cast<unsigned>(threads), 0);
+  else body(data, 0);
 }
 
 namespace {

@@ -282,12 +282,32 @@ template <class T> INLINE void add(T* sums, T* compensation, Vector<T> increment
   store(compensation, dropped);
 }
 
+// One panel of increments with zeros on both sides [E, 3 panels] is added to sums, which stand `stride` apart, for `count`
+// monomials from `at` on; where there are too few for a panel, one by one. lane: of the increment of the first of them.
+template <class T>
+void settle(const T* increments, Index lane, Index columns, const T* weights, Index at, Index count, Index stride, T* sums,
+            T* compensation) {
+  constexpr Index L = kLanes<T>, N = kPanel<T>;
+  for (Index e = 0; e < columns; ++e) {
+    const T* from = increments + e * 3 * N + lane;
+    T *to = sums + e * stride + at, *dropped = compensation ? compensation + e * stride + at : nullptr;
+    for (Index i = 0; count >= N && i < N; i += L)
+      add<T>(to + i, dropped ? dropped + i : nullptr, weights ? load(from + i) * load(weights + at + i) : load(from + i));
+    for (Index i = 0; count < N && i < count; ++i) {
+      T none = 0;
+      add_compensated(to[i], dropped ? dropped[i] : none, weights ? from[i] * weights[at + i] : from[i]);
+    }
+  }
+}
+
 // moments[e, r] += weights[r] sum_t u[e, t] scale[t] Phi_r(x_t), with x [d, x_row] the same tokens as the features;
 // scale, weights and compensation may be null. scaled: room for [E, tokens + 16].
 template <Index chain, class T>
 void update(const Layout& layout, const MonomialPanels<T>& features, const T* x, Index x_row, const T* u, Index u_row,
             const T* scale, Index columns, Index tokens, T* scaled, const T* weights, T* moments, T* compensation) {
   constexpr Index L = kLanes<T>, N = kPanel<T>;
+  Buffer<T> increments(columns * 3 * N);
+  fill(static_cast<T*>(increments), columns * 3 * N, T(0));
   for_pieces(layout, [&](const Piece& piece) {
     const T *a = u, *factor = piece.factor < 0 ? scale : x + piece.factor * x_row;
     Index a_row = u_row;
@@ -304,30 +324,20 @@ void update(const Layout& layout, const MonomialPanels<T>& features, const T* x,
     }
     const Index begin = features.lead + piece.formed, end = begin + piece.count;
     for (Index column = begin / N * N; column < end; column += N) {
-      const Index at = piece.start + column - begin;  // of the panel's first lane in the moments
+      // A panel that is not wholly of this piece: the window moves to where it is, zeros join beside.
       const Index skip = column < begin ? begin - column : 0, stop = end - column < N ? end - column : N;
-      const bool whole = skip == 0 && stop == N;
+      const Index move = skip || piece.count < N ? skip : stop - N, at = piece.start + column - begin + move;
       for (Index e = 0; e < columns; ++e) {  // needed after the product, and too many streams for the hardware to follow
-        __builtin_prefetch(moments + e * layout.features + at, 1);
-        if (compensation) __builtin_prefetch(compensation + e * layout.features + at, 1);
+        __builtin_prefetch(moments + e * layout.features + at + N - 1, 1);
+        if (compensation) __builtin_prefetch(compensation + e * layout.features + at + N - 1, 1);
       }
       product<T, chain>(columns, a, a_row, features.panel(column), features.row, tokens,
-                 [&](Index e, Vector<T> left, Vector<T> right) INLINE_LAMBDA {
-                   T* to = moments + e * layout.features + at;
-                   T* dropped = compensation ? compensation + e * layout.features + at : nullptr;
-                   if (whole) {
-                     add<T>(to, dropped, weights ? left * load(weights + at) : left);
-                     add<T>(to + L, dropped ? dropped + L : nullptr, weights ? right * load(weights + at + L) : right);
-                     return;
-                   }
-                   T lanes[N];
-                   store(lanes, left);
-                   store(lanes + L, right);
-                   for (Index i = skip; i < stop; ++i) {
-                     T none = 0;
-                     add_compensated(to[i], dropped ? dropped[i] : none, weights ? lanes[i] * weights[at + i] : lanes[i]);
-                   }
-                 });
+                        [&](Index e, Vector<T> left, Vector<T> right) INLINE_LAMBDA {
+                          store(increments + e * 3 * N + N, left);
+                          store(increments + e * 3 * N + N + L, right);
+                        });
+      settle<T>(increments, N + move, columns, weights, at, piece.count < N ? stop - skip : N, layout.features, moments,
+                compensation);
     }
   });
 }

@@ -14,7 +14,7 @@ struct Block {
 
 // How the packed axis of M monomials is computed (the Python twin is `_split` in core/moments.py). Formed are all
 // degrees below the highest ("lower") and the last blocks of the highest ("tail"), which are too short for a product
-// each; the other blocks of the highest degree exist only inside products.
+// each; the other blocks of the highest degree exist only inside products. Without such, all rows count as lower ones.
 struct Layout {
   Index head_dim, degree, features;
   Index lower, tail;          // formed rows: lower + tail
@@ -154,7 +154,7 @@ struct Kernels {
   void (*near_backward)(const NearProblem&, bool is_double);
 };
 
-// Runs body(data) on several threads of PyTorch's own pool (module.cpp).
-void parallel(Index threads, void (*body)(void*), void* data);
+// Runs body(data, thread) on several threads of PyTorch's own pool, numbered from 0 (module.cpp).
+void parallel(Index threads, void (*body)(void*, Index), void* data);
 
 }  // namespace taylor

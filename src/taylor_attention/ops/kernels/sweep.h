@@ -4,6 +4,7 @@
 // backward either the gradient of the queries or that of keys and values, since these two do not either.
 #pragma once
 #include "scores.h"
+#include "tasks.h"
 
 namespace taylor {
 namespace TARGET {
@@ -247,33 +248,6 @@ template <class T> struct Sweep {
   Buffer<T> scaled, block;
   Decay<T> decay;
 };
-
-// Tasks 0..count-1 on several threads, each taking the next one; memory that is not there is reported by the caller.
-template <class Task> struct Tasks {
-  const Task& task;
-  Index count, next, failed;
-
-  static void work(void* data) {
-    Tasks& self = *static_cast<Tasks*>(data);
-    for (;;) {
-      const Index i = __atomic_fetch_add(&self.next, 1, __ATOMIC_RELAXED);
-      if (i >= self.count) return;
-      try {
-        self.task(i);
-      } catch (const std::bad_alloc&) {
-        __atomic_store_n(&self.failed, 1, __ATOMIC_RELAXED);
-      }
-    }
-  }
-};
-
-template <class Task> void run_tasks(Index count, Index threads, const Task& task) {
-  Tasks<Task> tasks = {task, count, 0, 0};
-  if (count < threads) threads = count;
-  if (threads <= 1) tasks.work(&tasks);
-  else parallel(threads, tasks.work, &tasks);
-  if (tasks.failed) throw std::bad_alloc();
-}
 
 template <class T> void forward_rows(const Problem& p) {
   const Index rows = p.batch * p.heads;
