@@ -99,9 +99,9 @@ template <class T, bool near> struct Decoding {
 
   // Answer query heads first..last, counted over all rows; returns how many normalisers are unsafe.
   Index answer(Index first, Index last) {
+    const Index heads = s.heads * s.group;
     for (Index i = first; i < last; ++i) {
-      const Index row = i / s.group;
-      const T* query = tokens_of<T>(s.query, row / s.heads, row % s.heads * s.group + i % s.group, 0);
+      const T* query = tokens_of<T>(s.query, i / heads, i % heads, 0);
       for (Index c = 0; c < d; ++c) q[(i - first) * d + c] = query[c] * T(s.scale);
     }
     expand<T>(layout, q, last - first, static_cast<const T*>(s.weights), features, stride);

@@ -42,12 +42,16 @@ template <class T> INLINE T sum(Vector<T> x) {
 
 INLINE Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 
-// Memory of one kernel call, aligned to cache lines, not cleared.
+// Memory of one kernel call, not cleared; what is large is aligned to cache lines. A step makes many small ones, which malloc
+// has at hand, while aligned memory is searched for each time.
 template <class T> class Buffer {
  public:
   explicit Buffer(Index count) : data_(nullptr) {
-    if (count > 0) data_ = static_cast<T*>(aligned_alloc(64, round_up(count * sizeof(T), 64)));
-    if (count > 0 && !data_) throw std::bad_alloc();
+    if (count <= 0) return;
+    const Index size = round_up(count * sizeof(T), 64);
+    const bool small = size <= 1024 && alignof(T) <= alignof(max_align_t);
+    data_ = static_cast<T*>(small ? malloc(size) : aligned_alloc(64, size));
+    if (!data_) throw std::bad_alloc();
   }
   ~Buffer() { free(data_); }
   Buffer(const Buffer&) = delete;
