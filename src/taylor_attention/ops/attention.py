@@ -183,7 +183,7 @@ def attention(
     q, k, v = (x.to(shapes.sum_dtype) for x in (query, key, value))
     gates = None if log_decay is None else log_decay.to(shapes.sum_dtype).clamp(min=FULL_RESET)
     sums, compensation = (None, None) if start is None else (start.sums, start.compensation)
-    near, seen, fitted = None, None, reading == "fitted"
+    near, seen, divided, fitted = None, None, False, reading == "fitted"
     if window or sinks or fitted:
         if state is None and not return_state:
             sinks, heavy = min(sinks, shapes.keys), min(heavy, shapes.keys)
@@ -202,6 +202,7 @@ def attention(
             keep=return_state,
         )
         out, end, dropped, near, seen = found.out, found.sums, found.compensation, found.near, found.seen
+        divided = found.divided
     else:
         out, end, dropped, _ = attend(
             q * scale,
@@ -221,7 +222,9 @@ def attention(
         )
         if not positive:
             seen = _visible_weight(q, k, v, key_padding_mask, gates, cu_seqlens, sums, compensation, causal, backend)
-    if seen is None:
+    if divided:
+        y = out
+    elif seen is None:
         y = divide(out, out[..., -1] == 0)  # exactly zero only where no key is visible
     else:
         y = divide_checked(out, seen, 1.0 if fitted else coefficients[0])

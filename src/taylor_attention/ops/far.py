@@ -40,7 +40,7 @@ class Far:
     def attend(
         self, coefficients: tuple[float, ...], chunk: int, keep: bool, backend: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[N | Z] of all queries [B, Hq, T, E], and if kept the moments at the end with their compensation."""
+        """[N | Z] of the queries from `first` on [B, Hq, F, E], and if kept the moments at the end and compensation."""
         features = feature_count(self.key.shape[3], len(coefficients) - 1)
         sums, compensation = (
             x if x is None or x.shape[3] == features else x[..., :features].contiguous()  # of a lower degree
@@ -65,20 +65,20 @@ class Far:
         if self.weighted:
             out = out[..., :-1]
             end, dropped = (x[:, :, :-1].contiguous() for x in (end, dropped)) if keep else (end, dropped)
-        return pad(out, (0, 0, self.first, 0)), end, dropped
+        return out, end, dropped
 
     def count(self, backend: str) -> Tensor:
-        """How many far keys each query sees, faded ones for less: [B, Hq, T]."""
+        """How many far keys each query from `first` on sees, faded ones for less: [B, Hq, F]."""
         with torch.no_grad():
             return self._count(backend)
 
     def _count(self, backend: str) -> Tensor:
-        group = self.query.shape[1] // self.key.shape[1]
         if not self.weighted:
             shown = self.key.new_ones(self.key.shape[0], 1, self.key.shape[2])
             seen = (shown if self.visible is None else self.visible[:, None].to(shown.dtype)).cumsum(-1)
-            seen = seen.expand(-1, self.key.shape[1], -1) if self.sums is None else seen + self.sums[:, :, -1, :1]
-            return pad(seen.repeat_interleave(group, 1), (self.first, 0))
+            if self.sums is None:
+                return seen.expand(-1, self.query.shape[1], -1)
+            return (seen + self.sums[:, :, -1, :1]).repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
         one = replace(
             self,
             query=torch.zeros_like(self.query[..., :1]),

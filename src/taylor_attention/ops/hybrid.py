@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ from torch.nn.functional import pad
 
 from ..core.near import Near, Tokens
 from ..core.state import moment_count
-from .far import find_far
+from .far import Far, find_far
 from .heavy import Contest, find_contest
-from .near import attend_near
-from .near_problem import far_factor
+from .near import attend_near, divide_near
+from .near_problem import Check
+from .normaliser import warn_unsafe
+from .operator import is_recorded
 from .packed import Batch, batches
 from .reading import fit, join, power
 from .sequence import NEVER, Sequence, with_one
@@ -34,13 +37,17 @@ _TOGETHER = 512
 
 @dataclass(frozen=True)
 class Found:
-    """[N | Z] of near and far together [B, Hq, T, E], how far from zero Z may be [B, Hq, T], and what a state needs."""
+    """[N | Z] of near and far together [B, Hq, T, E], how far from zero Z may be [B, Hq, T], and what a state needs.
+
+    divided: out is N / Z [B, Hq, T, dv] already, and unsafe normalisers have been reported.
+    """
 
     out: Tensor
     seen: Tensor | None
     sums: Tensor | None
     compensation: Tensor | None
     near: Near | None
+    divided: bool
 
 
 def attend_hybrid(
@@ -67,7 +74,7 @@ def attend_hybrid(
     """
     gain = None if far_gain is None else far_gain[:, None]
     part = partial(_attend, coefficients=coefficients, gain=gain)
-    part = partial(part, fitted=fitted, checked=checked, chunk=chunk, keep=keep)
+    part = partial(part, fitted=fitted, checked=checked, chunk=chunk, keep=keep, whole=cu_seqlens is None)
     solve = partial(_attend_compacted, solve=part)
     return solve(sequence) if cu_seqlens is None else _attend_packed(sequence, cu_seqlens, solve)
 
@@ -110,6 +117,7 @@ def _attend_packed(sequence: Sequence, cu_seqlens: Tensor, solve: Callable[[Sequ
         join([part.sums for part in found]),
         join([part.compensation for part in found]),
         _join_near([part.near for part in found if part.near is not None], order),
+        False,
     )
 
 
@@ -160,44 +168,65 @@ def _attend(
     checked: bool,
     chunk: int,
     keep: bool,
+    whole: bool,
 ) -> Found:
-    """Sequences of one length; see `attend_hybrid`. gain: [Hq, 1]."""
+    """Sequences of one length; see `attend_hybrid`. gain: [Hq, 1]; whole: they are all that there is."""
     contest = find_contest(sequence) if sequence.heavy else None
     far = None if coefficients is None else find_far(sequence, contest)
-    end, dropped, seen = None, None, None
-    if far is None or coefficients is None:
-        both, top = _attend_near(sequence, contest, None if gain is None else _nothing(sequence, gain))
-        by_far, weight = torch.zeros_like(top), both[..., -1]
-    elif fitted:
-        powers = []
-        for p in range(len(coefficients)):  # the last one has the moments of all
-            each, end, dropped = far.attend(power(p), chunk, keep and p + 1 == len(coefficients), sequence.backend)
-            powers.append(each)
-        near, top = _attend_near(sequence, contest, None)
-        out, log_factor = fit(powers)
-        both, by_near, by_far = join(near, top, out, log_factor if gain is None else log_factor + gain)
-        weight = by_near * near[..., -1]
+    end, dropped, seen, divided = None, None, None, False
+    if fitted and far is not None and coefficients is not None:
+        both, seen, end, dropped = _join_fitted(sequence, contest, far, len(coefficients), gain, checked, chunk, keep)
     else:
-        out, end, dropped = far.attend(coefficients, chunk, keep, sequence.backend)
-        out = out if gain is None else gain.exp()[..., None] * out
-        both, top = _attend_near(sequence, contest, out)
-        by_far = far_factor(top)
-        weight = both[..., -1] - by_far * out[..., -1]
-        by_far = by_far if gain is None else gain.exp() * by_far
-    if checked and coefficients is not None:
-        seen = weight.detach() / ((1 if fitted else abs(coefficients[0])) or 1)
-        seen = seen if far is None else seen + by_far.detach() * far.count(sequence.backend)
+        out = None if gain is None else _nothing(sequence, gain)
+        if far is not None and coefficients is not None:
+            out, end, dropped = far.attend(coefficients, chunk, keep, sequence.backend)
+            out = out if gain is None else gain.exp()[..., None] * out
+        check = None
+        if checked and coefficients is not None:
+            count = None if far is None else far.count(sequence.backend)
+            count = count if count is None or gain is None else gain.detach().exp() * count
+            check = Check(1.0 if fitted else coefficients[0], count)
+        y = _divide_near(sequence, out, check) if whole else None
+        if y is not None:
+            both, divided = y, True
+        else:
+            both, top = _attend_near(sequence, contest, out)
+            seen = None if check is None else check.seen(both.detach(), top, None if out is None else out.detach())
     if not keep:
-        return Found(both, seen, None, None, None)
+        return Found(both, seen, None, None, None, divided)
     if far is None:
         end, dropped = _moments_before(sequence, coefficients)
     after = _near_after(sequence, contest) if sequence.window or sequence.sinks else None
-    return Found(both, seen, end, dropped, after)
+    return Found(both, seen, end, dropped, after, divided)
+
+
+def _join_fitted(
+    sequence: Sequence,
+    contest: Contest | None,
+    far: Far,
+    terms: int,
+    gain: Tensor | None,
+    checked: bool,
+    chunk: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """[N | Z] with a fit of so many terms to the far part, `Found.seen`, and the moments at the end."""
+    powers, end, dropped = [], None, None
+    for p in range(terms):  # the last one has the moments of all
+        each, end, dropped = far.attend(power(p), chunk, keep and p + 1 == terms, sequence.backend)
+        powers.append(pad(each, (0, 0, far.first, 0)))
+    near, top = _attend_near(sequence, contest, None)
+    out, log_factor = fit(powers)
+    both, by_near, by_far = join(near, top, out, log_factor if gain is None else log_factor + gain)
+    if not checked:
+        return both, None, end, dropped
+    seen = (by_near * near[..., -1]).detach() + by_far.detach() * pad(far.count(sequence.backend), (far.first, 0))
+    return both, seen, end, dropped
 
 
 def _nothing(sequence: Sequence, gain: Tensor) -> Tensor:
-    """A far part without keys, [B, Hq, T, E]; so that the gain has a gradient, of zero, in short sequences too."""
-    return gain[..., None] * sequence.query.new_zeros(*sequence.query.shape[:3], sequence.value.shape[3] + 1)
+    """A far part of no query, [B, Hq, 0, E]; so that the gain has a gradient, of zero, in short sequences too."""
+    return gain[:, :0, None] * sequence.query.new_zeros(*sequence.query.shape[:2], 0, sequence.value.shape[3] + 1)
 
 
 def _attend_near(sequence: Sequence, contest: Contest | None, far: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -207,27 +236,42 @@ def _attend_near(sequence: Sequence, contest: Contest | None, far: Tensor | None
         return none, none[..., 0]
     tokens = sequence.tokens
     if contest is None or tokens == 0:
-        return _attend_some(sequence, contest, far, 0, tokens)
+        return attend_near(*_near_arguments(sequence, contest, far, 0, tokens))
     parts = [
-        _attend_some(sequence, contest, far, begin, min(begin + _TOGETHER, tokens))
+        attend_near(*_near_arguments(sequence, contest, far, begin, min(begin + _TOGETHER, tokens)))
         for begin in range(0, tokens, _TOGETHER)
     ]
     out, top = zip(*parts, strict=True)
     return torch.cat(out, 2), torch.cat(top, 2)
 
 
-def _attend_some(
+def _divide_near(sequence: Sequence, far: Tensor | None, check: Check | None) -> Tensor | None:
+    """N / Z of near and far together; None where gradients may be asked for or rows are still to be moved."""
+    together = sequence.visible is None and sequence.heavy == 0 and (sequence.window or sequence.sinks)
+    if torch.compiler.is_compiling() or not together:
+        return None
+    given = _near_arguments(sequence, None, far, 0, sequence.tokens)
+    if is_recorded(*given[:-2]):
+        return None
+    y, unsafe = divide_near(*given, *((None, None) if check is None else (check.count, check.constant)))
+    if check is not None and int(unsafe):
+        warn_unsafe()
+    return y
+
+
+def _near_arguments(
     sequence: Sequence, contest: Contest | None, far: Tensor | None, begin: int, end: int
-) -> tuple[Tensor, Tensor]:
-    """The queries begin..end."""
+) -> tuple[Any, ...]:
+    """Of `attend_near` for the queries begin..end."""
     low = max(0, sequence.past + begin - sequence.window + 1) if contest is not None else 0
     ext = slice(low, sequence.past + end)
+    before = 0 if far is None else sequence.tokens - far.shape[2]  # queries without a far part
     visible, gates = sequence.ext_visible, sequence.ext_gates
-    return attend_near(
+    return (
         sequence.near_part(sequence.query)[:, :, begin:end],
         sequence.near_part(sequence.ext_key)[:, :, ext],
         sequence.ext_value[:, :, ext],
-        None if far is None else far[:, :, begin:end],
+        None if far is None else far[:, :, max(0, begin - before) : max(0, end - before)],
         None if visible is None else visible[:, ext],
         None if gates is None else gates[..., ext],
         *_kept(sequence, contest, begin, end, low),

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import near_compiled, near_torch
 from .backends import uses_kernels
-from .near_problem import NearInputs, gradients, guard
+from .near_problem import Check, NearInputs, gradients, guard, with_heads
+from .normaliser import divide, find_unsafe
 from .registry import register, register_autograd, without_autocast
 
 
@@ -45,7 +46,7 @@ def _attend_near(
     Args:
         query: [B, Hq, T, d], multiplied by the scale; query t stands at the place P + t of the keys.
         key: [B, Hkv, P + T, d]; value: [B, Hkv, P + T, dv], P >= 0.
-        far: [N | Z] of the far part, [B, Hq, T, E].
+        far: [N | Z] of the far part of the last F queries, [B, Hq, F, E]; the others have none.
         visible: bool [B, P + T], which keys count.
         log_decay: [B, Hkv, P + T], of hidden keys too: 0 for those that fade nothing; >= FULL_RESET.
         sink_key: [B, Hkv, X, d]; sink_value: [B, Hkv, X, dv].
@@ -55,9 +56,13 @@ def _attend_near(
         window: query t sees the keys in the places P + t - window < j <= P + t.
     """
     given = (far, visible, log_decay, sink_key, sink_value, sink_from, sink_until, sink_log_decay)
-    inputs, reached = guard(NearInputs(query, key, value, *given, window))
     with without_autocast(query):
-        out, top = _computing(backend, query).forward(inputs)
+        return _compute(with_heads(NearInputs(query, key, value, *given, window)), backend)
+
+
+def _compute(inputs: NearInputs, backend: str) -> tuple[Tensor, Tensor]:
+    inputs, reached = guard(inputs)
+    out, top = _computing(backend, inputs.query).forward(inputs)
     return (out if reached is None else out.masked_fill_(reached[..., None], torch.nan)), top
 
 
@@ -85,7 +90,7 @@ def _attend_near_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, far, log_decay, sink_key, sink_value and sink_log_decay (empty if not given)."""
     given = (far, visible, log_decay, sink_key, sink_value, sink_from, sink_until, sink_log_decay)
-    inputs, _ = guard(NearInputs(query, key, value, *given, window))
+    inputs, _ = guard(with_heads(NearInputs(query, key, value, *given, window)))
     with without_autocast(query):
         found = _computing(backend, query).backward(inputs, grad, top)
         results = gradients(inputs, found, grad, out, top)
@@ -115,6 +120,50 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
     return (*(None if x is None else by_tensor.get(i) for i, x in enumerate(tensors)), None, None)
 
 
+def _divide_near(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    far: Tensor | None,
+    visible: Tensor | None,
+    log_decay: Tensor | None,
+    sink_key: Tensor | None,
+    sink_value: Tensor | None,
+    sink_from: Tensor | None,
+    sink_until: Tensor | None,
+    sink_log_decay: Tensor | None,
+    window: int,
+    backend: str,
+    count: Tensor | None,
+    constant: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`attend_near` divided, N / Z [B, Hq, T, dv], and how many of its normalisers are unsafe, an int64; no gradients.
+
+    Args:
+        count: how many far keys each of the last F queries sees, [B, Hq, F], or None.
+        constant: f(0); None: no normaliser is checked.
+    """
+    given = (far, visible, log_decay, sink_key, sink_value, sink_from, sink_until, sink_log_decay)
+    inputs = with_heads(NearInputs(query, key, value, *given, window))
+    check = None if constant is None else Check(constant, count)
+    if uses_kernels(backend, query.device):
+        found = near_compiled.divide(inputs, check)
+        if found is not None:
+            return found[0], torch.tensor(found[1])
+    with without_autocast(query):
+        out, top = _compute(inputs, backend)
+        if check is None:
+            return divide(out, out[..., -1] == 0), torch.tensor(0)
+        seen = check.seen(out, top, far)
+        unsafe = find_unsafe(out, seen, check.constant)
+        return divide(out, seen == 0).masked_fill_(unsafe[..., None], torch.nan), unsafe.sum()
+
+
+def _fake_divide_near(query, key, value, *rest):  # type: ignore[no-untyped-def]
+    return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty((), dtype=torch.int64)
+
+
+divide_near = register("divide_near", _divide_near, _fake_divide_near)
 attend_near_backward = register("attend_near_backward", _attend_near_backward, _fake_attend_near_backward)
 attend_near = register("attend_near", _attend_near, _fake_attend_near)
 register_autograd("attend_near", _backward, _setup_context)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .compiled import address, count_threads, entries_together, kernels, strided
-from .near_problem import NearFound, NearInputs
+from .near_problem import Check, NearFound, NearInputs
+from .normaliser import SAFE_SHARE
 
 _SINK_PART = 4096
 """Queries whose shares of the gradients of the sinks are summed in one go, whatever the number of threads."""
@@ -17,8 +18,24 @@ def forward(inputs: NearInputs) -> tuple[Tensor, Tensor]:
     out = inputs.query.new_empty(*inputs.query.shape[:3], inputs.columns)
     top = inputs.query.new_empty(inputs.query.shape[:3])
     call = _Call(inputs)
-    kernels().near_forward(*call.numbers, address(call.far), out.data_ptr(), top.data_ptr())
+    kernels().near_forward(*call.numbers, *call.far, out.data_ptr(), top.data_ptr())
     return out, top
+
+
+def divide(inputs: NearInputs, check: Check | None) -> tuple[Tensor, int] | None:
+    """N / Z of `forward` [B, Hq, T, dv] and the number of unsafe normalisers; None if a key or value is not finite."""
+    y = inputs.query.new_empty(*inputs.query.shape[:3], inputs.columns - 1)
+    call = _Call(inputs)
+    count = None if check is None or check.count is None else entries_together(check.count)
+    unsafe, broken = kernels().near_divide(
+        *call.numbers,
+        *call.far,
+        y.data_ptr(),
+        0.0 if check is None else check.constant,
+        -1.0 if check is None else SAFE_SHARE,
+        *((0, 0, 0, 0) if count is None else (count.data_ptr(), *count.stride())),
+    )
+    return None if broken else (y, unsafe)
 
 
 def backward(inputs: NearInputs, grad: Tensor, top: Tensor) -> NearFound:
@@ -34,7 +51,7 @@ def backward(inputs: NearInputs, grad: Tensor, top: Tensor) -> NearFound:
         by_sink = inputs.key.new_empty(*shape, inputs.key.shape[3])
         by_sink_column = inputs.key.new_empty(*shape, inputs.columns)
     results = (by_query, by_key, by_column, by_sink, by_sink_column)
-    kernels().near_backward(*call.numbers, 0, 0, top.data_ptr(), grad.data_ptr(), *map(address, results))
+    kernels().near_backward(*call.numbers, top.data_ptr(), grad.data_ptr(), *map(address, results))
     if by_sink is None or by_sink_column is None:
         return NearFound(by_query, by_key, by_column, None, None)
     return NearFound(by_query, by_key, by_column, by_sink.sum(2), by_sink_column.sum(2))
@@ -51,8 +68,9 @@ class _Call:
         gates = None if inputs.log_decay is None else inputs.log_decay.to(torch.float64)
         along = (inputs.visible, gates, inputs.sink_from, inputs.sink_until, inputs.fading_of_sinks(), inputs.total())
         beside = [None if x is None else x.contiguous() for x in along]
-        self.far = None if inputs.far is None else inputs.far.contiguous()
-        self._alive = (tokens, beside)
+        far = None if inputs.far is None else inputs.far.contiguous()
+        self.far = (0, 0) if far is None else (far.shape[2], far.data_ptr())
+        self._alive = (tokens, beside, far)
         work = batch * heads * inputs.group * queries * (window + inputs.sinks) * (head_dim + inputs.columns)
         self.numbers: tuple[int, ...] = (
             inputs.key.dtype == torch.float64,

@@ -19,9 +19,10 @@ _NEVER = 2**62
 class NearInputs:
     """The tensors of one problem, all of the accumulating dtype; query t stands at place P + t among the keys.
 
-    query [B, Hq, T, d], key [B, Hkv, P + T, d], value [B, Hkv, P + T, dv], far [B, Hq, T, E], visible bool [B, P + T],
+    query [B, Hq, T, d], key [B, Hkv, P + T, d], value [B, Hkv, P + T, dv], far [B, Hq, F, E], visible bool [B, P + T],
     log_decay [B, Hkv, P + T], sink_key [B, Hkv, X, d], sink_value [B, Hkv, X, dv], sink_from and
-    sink_until int64 [B, Hkv, X], sink_log_decay [B, Hkv, X] in the wide type. After `guard` visible has heads too.
+    sink_until int64 [B, Hkv, X], sink_log_decay [B, Hkv, X] in the wide type. F: the last queries.
+    After `with_heads` visible has heads too.
     """
 
     query: Tensor
@@ -46,6 +47,11 @@ class NearInputs:
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def before_far(self) -> int:
+        """Queries that have no far part, T - F."""
+        return self.query.shape[2] - (0 if self.far is None else self.far.shape[2])
 
     @property
     def sinks(self) -> int:
@@ -83,15 +89,40 @@ class NearFound:
     sink_column: Tensor | None
 
 
+@dataclass(frozen=True)
+class Check:
+    """How normalisers are checked: with f(0), and how many far keys each query sees, [B, Hq, F] (None: none)."""
+
+    constant: float
+    count: Tensor | None
+
+    def seen(self, out: Tensor, top: Tensor, far: Tensor | None) -> Tensor:
+        """What the keys would give with far weights of f(0), as a share of that and under the maximum, [B, Hq, T].
+
+        Args:
+            out, top: results of the forward pass; far: as it took it.
+        """
+        if far is None:
+            return out[..., -1] / (abs(self.constant) or 1)
+        before = out.shape[2] - far.shape[2]
+        by_far = far_factor(top[..., before:])
+        seen = (out[..., -1] - pad(by_far * far[..., -1], (before, 0))) / (abs(self.constant) or 1)
+        return seen if self.count is None else seen + pad(by_far * self.count, (before, 0))
+
+
+def with_heads(inputs: NearInputs) -> NearInputs:
+    """The same with `visible` for each head, as `guard` and the implementations take it."""
+    if inputs.visible is None:
+        return inputs
+    return replace(inputs, visible=inputs.visible[:, None].expand(-1, inputs.key.shape[1], -1))
+
+
 def guard(inputs: NearInputs) -> tuple[NearInputs, Tensor | None]:
     """Hide keys and sinks with NaN or Inf; also which queries would have seen one, bool [B, Hq, T] (None: no query).
 
     A sum is one look at the data; where it is not finite, a closer look decides.
     """
-    heads = inputs.key.shape[1]
     visible, first = inputs.visible, inputs.sink_from
-    visible = None if visible is None else visible[:, None].expand(-1, heads, -1)
-    inputs = replace(inputs, visible=visible)
     tensors = (inputs.key, inputs.value, inputs.sink_key, inputs.sink_value)
     if bool(torch.stack([x.sum() for x in tensors if x is not None]).sum().isfinite()):
         return inputs, None
@@ -140,10 +171,12 @@ def gradients(
     if inputs.visible is not None:
         hidden = ~inputs.visible[..., None]
         by_key, by_column = by_key.masked_fill(hidden, 0), by_column.masked_fill(hidden, 0)
-    by_far = None if inputs.far is None else far_factor(top)[..., None] * grad
-    by_decay = None
+    before, by_far, by_decay = inputs.before_far, None, None
+    factor = far_factor(top[..., before:])[..., None]
+    if inputs.far is not None:
+        by_far = factor * grad[:, :, before:]
     if inputs.log_decay is not None:
-        near = out if inputs.far is None else out - far_factor(top)[..., None] * inputs.far
+        near = out if inputs.far is None else out - pad(factor * inputs.far, (0, 0, before, 0))
         by_decay = _by_log_decay(inputs, by_column, torch.linalg.vecdot(grad, near))
     by_sink_value = by_sink_decay = None
     if found.sink_column is not None and inputs.sink_value is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.state import wide_dtype
 from .near_problem import NearFound, NearInputs, far_factor
@@ -64,7 +65,7 @@ def forward(inputs: NearInputs) -> tuple[Tensor, Tensor]:
     n, group = whole.q.shape[:2]
     out = inputs.query.new_empty(n, group, tokens, inputs.columns)
     top = inputs.query.new_empty(n, group, tokens)
-    far = None if inputs.far is None else inputs.far.reshape(out.shape)
+    far = None if inputs.far is None else inputs.far.reshape(n, group, -1, inputs.columns)
     for rows, block in _blocks(whole, inputs):
         queries = slice(block.first, block.last)
         shape = (-1, group, block.last - block.first)
@@ -72,15 +73,17 @@ def forward(inputs: NearInputs) -> tuple[Tensor, Tensor]:
         if block.exponents.shape[2]:
             found = block.exponents.amax(-1)
         maximum = found.view(shape)
+        late = max(0, min(inputs.before_far - block.first, shape[2]))  # queries of the block before the far part
         if far is not None:
-            maximum = torch.maximum(maximum, _log_normaliser(far[rows, :, queries, -1]))
+            part = far[rows, :, max(0, block.first - inputs.before_far) :][:, :, : shape[2] - late]
+            maximum = torch.maximum(maximum, pad(_log_normaliser(part[..., -1]), (late, 0), value=-torch.inf))
         largest = torch.finfo(maximum.dtype).max
         # Finite whatever the query: one that is not finite makes NaN of its row of `out` below, and no key gives 0.
         maximum = maximum.nan_to_num(nan=0.0, posinf=largest, neginf=0.0)
         weights = (block.exponents - maximum.flatten(1)[..., None]).exp_()
         result = torch.bmm(weights, block.u).unflatten(1, shape[1:])
         if far is not None:
-            result += far_factor(maximum)[..., None] * far[rows, :, queries]
+            result[:, :, late:] += far_factor(maximum[..., late:])[..., None] * part
         out[rows, :, queries], top[rows, :, queries] = result, maximum
     out += (whole.q * 0).sum(-1, keepdim=True)  # a query that is not finite makes NaN of its row
     return out.view(batch, heads, tokens, inputs.columns), top.view(batch, heads, tokens)

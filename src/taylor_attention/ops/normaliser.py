@@ -49,10 +49,15 @@ def divide(out: Tensor, empty: Tensor) -> Tensor:
 
 def divide_checked(out: Tensor, seen: Tensor, constant: float) -> Tensor:
     """As `divide`; NaN rows where Z is not safely positive, and an error if gradients are recorded."""
-    z = out[..., -1]
-    unsafe = ~((z > SAFE_SHARE * abs(constant) * seen) & (z < torch.inf)) & (seen != 0)
+    unsafe = find_unsafe(out, seen, constant)
     y = divide(out, seen == 0)
     return y.masked_fill(unsafe.unsqueeze(-1), torch.nan) if report_unsafe(unsafe, out) else y
+
+
+def find_unsafe(out: Tensor, seen: Tensor, constant: float) -> Tensor:
+    """Where Z of [N | Z] is not safely positive although keys are visible, bool."""
+    z = out[..., -1]
+    return ~((z > SAFE_SHARE * abs(constant) * seen) & (z < torch.inf)) & (seen != 0)
 
 
 def report_unsafe(unsafe: Tensor, out: Tensor) -> bool:

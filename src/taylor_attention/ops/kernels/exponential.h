@@ -1,4 +1,4 @@
-// The exponential function of a vector, without a call.
+// The exponential function and the logarithm of a vector, without a call.
 #pragma once
 #include "simd.h"
 
@@ -14,13 +14,17 @@ constexpr double kForgotten = -745;
 template <class T> struct Exponential;
 template <> struct Exponential<float> {
   typedef std::uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
-  static constexpr int mantissa = 23, degree = 7;
+  typedef std::int32_t Signed __attribute__((vector_size(VECTOR_BYTES)));
+  static constexpr int mantissa = 23, degree = 7, odd = 4;
+  static constexpr std::uint32_t root_half = 0x3f3504f3;
   static constexpr float shift = 12582912.0f + 127.0f, log2 = 0.693359375f, log2_rest = -2.12194440e-4f;
   static constexpr float lowest = -87.33f, highest = 88.0f;
 };
 template <> struct Exponential<double> {
   typedef std::uint64_t Bits __attribute__((vector_size(VECTOR_BYTES)));
-  static constexpr int mantissa = 52, degree = 13;
+  typedef std::int64_t Signed __attribute__((vector_size(VECTOR_BYTES)));
+  static constexpr int mantissa = 52, degree = 13, odd = 10;
+  static constexpr std::uint64_t root_half = 0x3fe6a09e667f3bcd;
   static constexpr double shift = 6755399441055744.0 + 1023.0, log2 = 6.93145751953125e-1, log2_rest = 1.42860682030941723e-6;
   static constexpr double lowest = -708.39, highest = 709.0;
 };
@@ -45,6 +49,23 @@ template <class T> INLINE Vector<T> exponential(Vector<T> x) {
   for (int p = Of::degree - 1; p >= 0; --p) y = y * r + T(kInverseFactorials[p]);
   const Vector<T> power = reinterpret_cast<Vector<T>>(reinterpret_cast<Bits>(shifted) << Of::mantissa);
   return x < Of::lowest ? Vector<T>{} : y * power;
+}
+
+// The logarithm of a positive normal number, to about one unit in the last place; infinity is like 2^(highest + 1). With
+// x = 2^n m, m around 1 and s = (m - 1) / (m + 1): n log 2 + 2 (s + s^3 / 3 + s^5 / 5 + ...).
+template <class T> INLINE Vector<T> logarithm(Vector<T> x) {
+  using Of = Exponential<T>;
+  using Bits = typename Of::Bits;
+  using Signed = typename Of::Signed;
+  const Bits bits = reinterpret_cast<Bits>(x);
+  const Signed n = reinterpret_cast<Signed>(bits - Of::root_half) >> Of::mantissa;
+  const Vector<T> m = reinterpret_cast<Vector<T>>(bits - (reinterpret_cast<Bits>(n) << Of::mantissa));
+  const Vector<T> s = (m - T(1)) / (m + T(1)), square = s * s;
+  Vector<T> y = broadcast(T(1) / (2 * Of::odd + 1));
+#pragma GCC unroll 16
+  for (int p = Of::odd - 1; p >= 0; --p) y = y * square + T(1) / (2 * p + 1);
+  const Vector<T> power = __builtin_convertvector(n, Vector<T>);
+  return power * Of::log2 + (power * Of::log2_rest + 2 * s * y);
 }
 
 }  // namespace TARGET

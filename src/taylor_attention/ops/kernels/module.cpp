@@ -243,24 +243,39 @@ NearProblem read_near(Numbers& numbers) {
   p.visible = numbers.pointer<const std::uint8_t>(), p.log_decay = numbers.pointer<const double>();
   p.sink_from = numbers.pointer<const std::int64_t>(), p.sink_until = numbers.pointer<const std::int64_t>();
   p.sink_log_decay = numbers.pointer<const double>();
-  p.total = numbers.pointer<const double>(), p.far = numbers.pointer<const void>();
-  p.out = numbers.pointer<void>(), p.top = numbers.pointer<void>();
+  p.total = numbers.pointer<const double>();
   return p;
 }
 
 PyObject* near_forward(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Numbers numbers(items, count);
   const bool is_double = numbers.integer();
-  const NearProblem p = read_near(numbers);
+  NearProblem p = read_near(numbers);
+  p.far_queries = numbers.integer(), p.far = numbers.pointer<const void>();
+  p.out = numbers.pointer<void>(), p.top = numbers.pointer<void>();
   if (!numbers.complete() || !run([&] { kernels->near_forward(p, is_double); })) return nullptr;
   Py_RETURN_NONE;
+}
+
+PyObject* near_divide(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Numbers numbers(items, count);
+  const bool is_double = numbers.integer();
+  NearProblem p = read_near(numbers);
+  p.far_queries = numbers.integer(), p.far = numbers.pointer<const void>();
+  p.y = numbers.pointer<void>();
+  p.constant = numbers.real(), p.safe = numbers.real();
+  p.count = numbers.strided();
+  std::int64_t unsafe = 0, broken = 0;
+  p.unsafe = &unsafe, p.broken = &broken;
+  if (!numbers.complete() || !run([&] { kernels->near_forward(p, is_double); })) return nullptr;
+  return Py_BuildValue("LL", static_cast<long long>(unsafe), static_cast<long long>(broken));
 }
 
 PyObject* near_backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Numbers numbers(items, count);
   const bool is_double = numbers.integer();
   NearProblem p = read_near(numbers);
-  p.grad = numbers.pointer<const void>(), p.query_grad = numbers.pointer<void>();
+  p.top = numbers.pointer<void>(), p.grad = numbers.pointer<const void>(), p.query_grad = numbers.pointer<void>();
   p.key_grad = numbers.pointer<void>(), p.column_grad = numbers.pointer<void>();
   p.sink_key_grad = numbers.pointer<void>(), p.sink_column_grad = numbers.pointer<void>();
   if (!numbers.complete() || !run([&] { kernels->near_backward(p, is_double); })) return nullptr;
@@ -322,6 +337,7 @@ PyMethodDef methods[] = {
     {"decode", as_method(decode), METH_FASTCALL, "Append one token and attend; the number of unsafe normalisers."},
     {"fold", as_method(fold), METH_FASTCALL, "Add the tails of states to their moments."},
     {"near_forward", as_method(near_forward), METH_FASTCALL, "Exact attention to a window and to sinks."},
+    {"near_divide", as_method(near_divide), METH_FASTCALL, "The same, divided; how many normalisers are unsafe, and inputs broken."},
     {"near_backward", as_method(near_backward), METH_FASTCALL, "Gradients of `near_forward`."},
     {"choose", as_method(choose_holders), METH_FASTCALL, "Who holds a few places, as tokens leave the window."},
     {"exchange", set_exchange, METH_O, "Read tensors by a capsule of DLPack's functions; None: not at all."},

@@ -26,12 +26,12 @@ template <class T> struct Tokens {
   // From rows of `given` entries; a 1 follows if that is one less. Hidden tokens are zeros.
   void load(const T* from, Index from_row, Index given, Index tokens, const std::uint8_t* visible, bool as_rows,
             bool as_columns) {
-    if (as_rows)
-      for (Index t = 0; t < tokens; ++t) {
-        memcpy(rows + t * entries, from + t * from_row, given * sizeof(T));
-        if (given < entries) rows[t * entries + given] = 1;
-        if (visible && !visible[t]) fill(rows + t * entries, entries, T(0));
-      }
+    if (as_rows) {
+      copy_rows<T>(from, from_row, tokens, given, rows, entries);
+      for (Index t = 0; given < entries && t < tokens; ++t) rows[t * entries + given] = 1;
+      for (Index t = 0; visible && t < tokens; ++t)
+        if (!visible[t]) fill(rows + t * entries, entries, T(0));
+    }
     if (!as_columns) return;
     transpose<T>(from, from_row, tokens, given, columns.row(0), columns.stride);
     if (given < entries) fill(columns.row(given), tokens, T(1));
@@ -66,8 +66,10 @@ template <class T> struct NearSweep {
 
   NearSweep(const NearProblem& p, Index row, Index tile)
       : p(p), d(p.head_dim), columns(p.columns), row(row), batch(row / p.heads), head(row % p.heads),
-        past(p.keys - p.queries), tile(tile), scores(kNearRows * N),
-        fading(p.log_decay ? (p.window + tile < p.keys ? p.window + tile : p.keys) + N : 0) {}
+        past(p.keys - p.queries), tile(tile), scores(kNearRows * N), ones(3 * N),
+        fading(p.log_decay ? (p.window + tile < p.keys ? p.window + tile : p.keys) + N : 0) {
+    for (Index i = 0; i < 3 * N; ++i) ones[i] = i >= N && i < 2 * N;
+  }
 
   // Body(first, count) for nearly equal blocks of at most kNearRows.
   template <class Body> static INLINE void blocks(Index from, Index to, const Body& body) {
@@ -112,11 +114,14 @@ template <class T> struct NearSweep {
     for (Index r = 0; r < count && r < ending; ++r) cut(begin + r, scores + r * N);
     for (Index r = later_of(later_of(ending, late), 0); r < count; ++r) cut(begin + r, scores + r * N);
   }
+  // The lanes from `begin` on stay, as many as the window is wide.
   INLINE void cut(Index begin, T* to) const {
-    const Index end = begin + p.window;
-    if (begin > 0) fill(to, begin < N ? begin : N, -T(INFINITY));
-    if (end < N) fill(to + (end > 0 ? end : 0), N - (end > 0 ? end : 0), -T(INFINITY));
+    const T *after = ones + N - clamp(begin), *before = ones + 2 * N - clamp(begin + p.window);
+#pragma GCC unroll 2
+    for (Index i = 0; i < N; i += L)
+      store(to + i, load(after + i) * load(before + i) > Vector<T>{} ? load(to + i) : broadcast(-T(INFINITY)));
   }
+  static INLINE Index clamp(Index lane) { return later_of(earlier_of(lane, N), 0); }
 
   // Rows on the far side of a mark, the lane next to them, get two numbers <= 0 added: from row to mark, from mark to
   // lane. The others, whose mark would lie outside, get one difference for each lane that sees them.
@@ -182,20 +187,22 @@ template <class T> struct NearSweep {
 
   const NearProblem& p;
   const Index d, columns, row, batch, head, past, tile;
-  Buffer<T> scores;
+  Buffer<T> scores, ones;  // ones: a panel of them between two of zeros
   Fading fading;
 };
 
 // Queries as lanes, the heads of a group side by side: the results, and the gradients of the queries.
 template <class T> struct NearByQueries : NearSweep<T> {
   using Base = NearSweep<T>;
-  using Base::N, Base::L, Base::p, Base::d, Base::columns, Base::past, Base::tile, Base::scores, Base::place;
+  using Base::N, Base::L, Base::p, Base::d, Base::columns, Base::batch, Base::head, Base::past, Base::tile, Base::scores,
+      Base::place;
 
   static Index tile_of(const NearProblem& p) { return round_up(later_of(kNearLanes / p.group, 1), kPanel<T>); }
 
   NearByQueries(const NearProblem& p, Index row)
       : Base(p, row, tile_of(p)), k(d, kNearRows), u(columns, kNearRows), q(d, tile * p.group), y(columns, tile * p.group),
-        dq(p.grad ? d : 0, tile * p.group), top(tile * p.group), factor(tile) {}
+        far(p.far ? columns : 0, tile * p.group), dq(p.grad ? d : 0, tile * p.group), top(tile * p.group),
+        count(p.count.data ? tile * p.group : 0) {}
 
   // Tokens in the lanes from `at` on, with zeros up to a whole panel.
   void load_lanes(const T* from, Index from_row, Index tokens, Index entries, const Columns<T>& to, Index at) const {
@@ -217,6 +224,7 @@ template <class T> struct NearByQueries : NearSweep<T> {
       this->load_decay(from, to);
       Base::blocks(from, to, [&](Index begin, Index length) {
         this->load_keys(k, u, begin, length, forward);
+        look(length);
         panels(first, tokens, [&](Index query, Index at) {
           const Index lane = past + query, oldest = later_of(lane - p.window + 1, from);
           const Index a = later_of(begin, oldest), count = earlier_of(begin + length, lane + N) - a;
@@ -227,6 +235,7 @@ template <class T> struct NearByQueries : NearSweep<T> {
     }
     Base::blocks(0, p.sinks, [&](Index begin, Index count) {
       this->load_sinks(k, u, begin, count, forward);
+      look(count);
       panels(first, tokens, [&](Index query, Index at) {
         body(0, count, at, false, [&] { this->template restrict_sinks<true>(begin, query, count); });
       });
@@ -238,7 +247,8 @@ template <class T> struct NearByQueries : NearSweep<T> {
       const Index tokens = earlier_of(to - first, tile);
       for (Index member = 0; member < p.group; ++member) {
         load_lanes(this->query_of(member, first), p.query.token, tokens, d, q, member * tile);
-        start(member, first, tokens);
+        load_far(member, first, tokens);
+        start(member, tokens);
       }
       fill(y.row(0), columns * y.stride, T(0));
       pairs(first, tokens, true, [&](Index r, Index count, Index at, bool fresh, const auto& restrict_scores) {
@@ -249,18 +259,54 @@ template <class T> struct NearByQueries : NearSweep<T> {
       });
       for (Index member = 0; member < p.group; ++member) finish(member, first, tokens);
     }
+    if (p.y) {
+      __atomic_fetch_add(p.unsafe, unsafe, __ATOMIC_RELAXED);
+      __atomic_fetch_add(p.broken, broken, __ATOMIC_RELAXED);
+    }
+  }
+
+  // Count blocks of keys in which some number is not finite.
+  void look(Index tokens) {
+    if (!p.y) return;
+    const Index padded = round_up(tokens, N);
+    bool whole = finite(k.rows, tokens * d);
+    for (Index e = 0; e + 1 < columns; ++e) whole = finite(u.columns.row(e), padded) && whole;
+    broken += !whole;
+  }
+  static bool finite(const T* from, Index count) {
+    constexpr Index C = 4;
+    Vector<T> nothing[C] = {};
+    Index i = 0;
+    for (; i + C * L <= count; i += C * L)
+#pragma GCC unroll 4
+      for (Index c = 0; c < C; ++c) nothing[c] += load(from + i + c * L) * T(0);
+    T rest = 0;
+    for (; i < count; ++i) rest += from[i] * T(0);
+    return sum<T>((nothing[0] + nothing[1]) + (nothing[2] + nothing[3])) + rest == 0;
+  }
+
+  // The far parts of a tile's queries, zeros where they have none, and how many far keys each of them sees.
+  void load_far(Index member, Index first, Index tokens) const {
+    if (!p.far) return;
+    const Index begin = p.queries - p.far_queries, none = earlier_of(later_of(begin - first, 0), tokens);
+    const Index padded = round_up(tokens, N), at = member * tile, query_head = head * p.group + member;
+    const Index from = (batch * p.heads * p.group + query_head) * p.far_queries + first + none - begin;
+    for (Index e = 0; e < columns; ++e) fill(far.row(e) + at, padded, T(0));
+    transpose<T>(static_cast<const T*>(p.far) + from * columns, columns, tokens - none, columns, far.row(0) + at + none,
+                 far.stride);
+    if (!p.count.data) return;
+    fill(count + at, padded, T(0));
+    memcpy(count + at + none, tokens_of<T>(p.count, batch, query_head, first + none - begin), (tokens - none) * sizeof(T));
   }
 
   // The maxima before any key: log Z of the far part, where that is positive.
-  void start(Index member, Index first, Index tokens) {
+  void start(Index member, Index tokens) const {
     T* to = top + member * tile;
     fill(to, round_up(tokens, N), -T(INFINITY));
-    if (!p.far) return;
-    const T* normaliser = static_cast<const T*>(p.far) + place(member, first) * columns + columns - 1;
-    const T least = exp(Exponential<T>::lowest);  // its inverse is finite
-    for (Index t = 0; t < tokens; ++t) {
-      const T z = normaliser[t * columns];
-      if (z > 0) to[t] = log(z > least ? z : least);
+    const Vector<T> least = broadcast(exp(Exponential<T>::lowest));  // its inverse is finite
+    for (Index t = 0; p.far && t < tokens; t += L) {
+      const Vector<T> z = load(far.row(columns - 1) + member * tile + t);
+      store(to + t, z > 0 ? logarithm<T>(maximum<T>(z, least)) : load(to + t));
     }
   }
 
@@ -276,7 +322,7 @@ template <class T> struct NearByQueries : NearSweep<T> {
     }
     store(top + at, left);
     store(top + at + L, right);
-    left = finite(left), right = finite(right);
+    left = bounded(left), right = bounded(right);
     if (!fresh) {
       const Vector<T> shrink_left = exponential<T>(old_left - left), shrink_right = exponential<T>(old_right - right);
       for (Index e = 0; e < columns; ++e) {
@@ -287,31 +333,44 @@ template <class T> struct NearByQueries : NearSweep<T> {
     }
     this->weigh(count, left, right);
   }
-  static INLINE Vector<T> finite(Vector<T> x) {
+  static INLINE Vector<T> bounded(Vector<T> x) {
     const T largest = kLargest<T>;
     return minimum<T>(maximum<T>(x, broadcast(-largest)), broadcast(largest));
   }
 
   // Write the rows of a tile, with the far part added. A query that is not finite makes NaN of its row.
   void finish(Index member, Index first, Index tokens) {
-    const Index begin = member * tile;
-    T *tops = top + begin, *out = static_cast<T*>(p.out) + place(member, first) * columns;
+    const Index begin = member * tile, to = place(member, first);
     for (Index t = 0; t < tokens; t += L) {
-      Vector<T> broken = {};
-      for (Index c = 0; c < d; ++c) broken += load(q.row(c) + begin + t) * T(0);
-      if (!(sum<T>(broken) == 0))
-        for (Index e = 0; e < columns; ++e) store(y.row(e) + begin + t, load(y.row(e) + begin + t) + broken);
-      const Vector<T> own = load(tops + t), none = broadcast(-T(INFINITY));
-      const Vector<T> settled = own == none ? Vector<T>{} : finite(own);
-      store(tops + t, settled);
-      store(factor + t, exponential<T>(minimum<T>(-settled, broadcast(-Exponential<T>::lowest))));
+      const Index at = begin + t;
+      Vector<T> nothing = {};
+      for (Index c = 0; c < d; ++c) nothing += load(q.row(c) + at) * T(0);
+      if (!(sum<T>(nothing) == 0))
+        for (Index e = 0; e < columns; ++e) store(y.row(e) + at, load(y.row(e) + at) + nothing);
+      const Vector<T> own = load(top + at), weight = load(y.row(columns - 1) + at);
+      const Vector<T> settled = own == broadcast(-T(INFINITY)) ? Vector<T>{} : bounded(own);
+      const Vector<T> factor = exponential<T>(minimum<T>(-settled, broadcast(-Exponential<T>::lowest)));
+      store(top + at, settled);
+      for (Index e = 0; p.far && e < columns; ++e) store(y.row(e) + at, load(y.row(e) + at) + factor * load(far.row(e) + at));
+      if (p.y) divide(at, earlier_of(tokens - t, L), weight, factor);
     }
-    transpose<T>(y.row(0) + begin, y.stride, columns, tokens, out, columns);
-    memcpy(static_cast<T*>(p.top) + place(member, first), tops, tokens * sizeof(T));
-    if (!p.far) return;
-    const T* far = static_cast<const T*>(p.far) + place(member, first) * columns;
-    for (Index t = 0; t < tokens; ++t)
-      for (Index e = 0; e < columns; ++e) out[t * columns + e] += factor[t] * far[t * columns + e];
+    if (p.y) return transpose<T>(y.row(0) + begin, y.stride, columns - 1, tokens, static_cast<T*>(p.y) + to * (columns - 1), columns - 1);
+    transpose<T>(y.row(0) + begin, y.stride, columns, tokens, static_cast<T*>(p.out) + to * columns, columns);
+    memcpy(static_cast<T*>(p.top) + to, top + begin, tokens * sizeof(T));
+  }
+
+  // N / Z of some lanes: zeros where no key is seen, NaN where the normaliser is not as it must be.
+  INLINE void divide(Index at, Index lanes, Vector<T> weight, Vector<T> factor) {
+    const bool checked = p.safe >= 0;
+    const T size = fabs(p.constant), least = T(p.safe * fabs(p.constant));
+    const Vector<T> z = load(y.row(columns - 1) + at), limit = broadcast(T(INFINITY));
+    Vector<T> seen = checked ? weight / (size > 0 ? size : T(1)) : z;
+    if (checked && p.count.data) seen += factor * load(count + at);
+    const auto none = seen == Vector<T>{}, good = (checked ? z > seen * least : z >= Vector<T>{}) & (z < limit);
+    const Vector<T> by = none ? broadcast(T(1)) : good ? z : broadcast(T(NAN));
+    for (Index e = 0; e + 1 < columns; ++e) store(y.row(e) + at, load(y.row(e) + at) / by);
+    if (sum<T>(by * T(0)) == 0) return;
+    for (Index i = 0; i < lanes; ++i) unsafe += by[i] != by[i];
   }
 
   void backward(Index from, Index to) {
@@ -338,8 +397,9 @@ template <class T> struct NearByQueries : NearSweep<T> {
   }
 
   Tokens<T> k, u;
-  const Columns<T> q, y, dq;  // y: backward, the gradient by it
-  Buffer<T> top, factor;
+  const Columns<T> q, y, far, dq;  // y: backward, the gradient by it
+  Buffer<T> top, count;
+  Index unsafe = 0, broken = 0;
 };
 
 // Keys as lanes: the gradients of keys and values, and those of the sinks.

@@ -136,8 +136,14 @@ struct NearProblem {
   const std::int64_t *sink_from, *sink_until;  // [rows, sinks]: the first query that sees it, the first that does not any more (null: none)
   const double* sink_log_decay;   // [rows, sinks]: up to before the first key
   const double* total;            // [rows, keys]: running sum of log_decay; null without decay or sinks
-  const void* far;                // [batch, heads x group, queries, E] or null
-  void *out, *top;                // like far; [batch, heads x group, queries]
+  Index far_queries;              // the last so many have a far part
+  const void* far;                // [batch, heads x group, far_queries, E] or null
+  void *out, *top;                // [batch, heads x group, queries, E]; [batch, heads x group, queries]
+  // Forward, instead of out and top:
+  void* y;                        // N / Z, [batch, heads x group, queries, E - 1], or null
+  double constant, safe;          // normalisers below safe x |constant| x keys seen make NaN; negative: no check
+  Strided count;                  // how many far keys each query with a far part sees; data null: none
+  std::int64_t *unsafe, *broken;  // counted up: such normalisers; entries of keys and values that are not finite
   // Backward only:
   const void* grad;                          // like out
   void *query_grad, *key_grad, *column_grad;  // contiguous; column: of [value, 1]
