@@ -8,7 +8,10 @@ from torch import Tensor
 
 from kernels import KERNELS
 from taylor_attention.ops import near_compiled, near_torch
-from taylor_attention.ops.near import attend_near, attend_near_backward
+from taylor_attention.ops.near import attend_near, attend_near_backward, divide_near
+from taylor_attention.ops.near_problem import Check
+from taylor_attention.ops.normaliser import divide as divide_sums
+from taylor_attention.ops.normaliser import find_unsafe
 from tolerances import TOLERANCE, relative_error
 
 EXACT = TOLERANCE[torch.float64]
@@ -74,6 +77,7 @@ def make(
     head_dim=4,
     value_dim=3,
     far=None,
+    late=0,
     mask=False,
     decay=None,
     sinks=0,
@@ -104,6 +108,7 @@ def make(
         columns[..., -1] = {"positive": columns[..., -1].abs() + 0.1, "zero": 0.0, "any": columns[..., -1]}[far]
         columns = columns * 0 if far == "zero" else columns
         columns[..., : tokens // 4, :] = 0  # queries without a far key
+        columns = columns[..., late:, :]  # queries that have no far part at all
     some = {"sink_key": None, "sink_value": None, "sink_from": None, "sink_until": None, "sink_log_decay": None}
     if sinks:
         some["sink_key"] = normal(batch, kv_heads, sinks, head_dim)
@@ -159,8 +164,10 @@ def attend_by_definition(near):
     seen = seen.expand(-1, heads, -1, -1).repeat_interleave(group, 1)
     scores = (near.query @ key.mT + fading).masked_fill(~seen, -torch.inf)
     top = torch.cat([scores, scores.new_full((*scores.shape[:3], 1), -torch.inf)], -1).amax(-1)
-    far = torch.zeros_like(near.query[..., :1]) if near.far is None else near.far
-    z = far[..., -1] if near.far is not None else far[..., 0]
+    far = near.query.new_zeros(batch, near.query.shape[1], tokens, columns.shape[3])
+    if near.far is not None:
+        far = torch.cat([far[:, :, : tokens - near.far.shape[2]], near.far], 2)
+    z = far[..., -1]
     top = torch.maximum(top, torch.where(z > 0, z, 0).log()).nan_to_num(neginf=0).detach()
     weights = (scores - top[..., None]).exp()
     return weights @ columns + (-top).clamp(max=700).exp()[..., None] * far, top
@@ -246,6 +253,7 @@ MODES = {
     "far": {"far": "positive"},
     "far without weight": {"far": "zero"},
     "far of any sign": {"far": "any", "decay": "soft"},
+    "late far": {"far": "positive", "late": 21, "decay": "soft"},
     "everything": {"far": "positive", "decay": "resets", "mask": True, "sinks": 4},
     "no window": {"far": "positive", "decay": "soft", "sinks": 4, "window": 0},
     "long": {"far": "positive", "decay": "soft", "mask": True, "sinks": 4},  # resets add up to sums that are less exact
@@ -268,7 +276,7 @@ def test_results_and_gradients_in_every_mode(backend, mode, window, dtype):
 @by_every_backend
 @pytest.mark.parametrize("tokens", [300, 700])
 @pytest.mark.parametrize("window", [40, 330, 1000])
-@pytest.mark.parametrize("mode", ["plain", "long"])
+@pytest.mark.parametrize("mode", ["plain", "long", "late far"])
 def test_more_tokens_than_are_computed_together(backend, tokens, window, mode):
     near = make(**{"heads": 3, "kv_heads": 1, "tokens": tokens, "past": 50, "window": window, **MODES[mode]})
     assert_right(near, backend)
@@ -387,6 +395,76 @@ def test_a_query_that_is_not_finite_reaches_its_own_row(backend, bad):
     assert top.isfinite().all()
 
 
+@by_every_backend
+@DTYPES
+def test_the_far_part_may_be_of_any_size(backend, dtype):
+    near = make(tokens=100, far="positive").to(dtype)
+    digits = 36 if dtype == torch.float32 else 300
+    size = torch.logspace(-digits, digits, 100, dtype=torch.float64).to(dtype)
+    out, top = replace(near, far=near.far * size[:, None]).attend(backend)
+    expected, largest = attend_by_definition(replace(near, far=near.far * size[:, None]))
+    assert relative_error(top, largest) < TOLERANCE[dtype]
+    assert relative_error(out[..., :-1] / out[..., -1:], expected[..., :-1] / expected[..., -1:]) < TOLERANCE[dtype]
+
+
+# ---- divided at once -------------------------------------------------------------------------------------------------
+
+
+def divide(near, backend, count=None, constant=None):
+    return divide_near(*(getattr(near, field.name) for field in fields(near)), backend, count, constant)
+
+
+def divide_afterwards(near, backend, check=None):
+    out, top = near.attend(backend)
+    if check is None:
+        return divide_sums(out, out[..., -1] == 0), 0
+    seen = check.seen(out, top, near.far)
+    unsafe = find_unsafe(out, seen, check.constant)
+    return divide_sums(out, seen == 0).masked_fill(unsafe[..., None], torch.nan), int(unsafe.sum())
+
+
+@by_every_backend
+@DTYPES
+@pytest.mark.parametrize("mode", MODES)
+def test_divided_at_once_is_divided_afterwards(backend, mode, dtype):
+    sizes = {"batch": 2, "heads": 6, "kv_heads": 2, "tokens": 45, "past": 9, "window": 17}
+    near = make(**{**sizes, **MODES[mode]}).to(dtype)
+    y, _ = divide(near, backend)
+    assert same(y, divide_afterwards(near, backend)[0])
+
+
+@by_every_backend
+@DTYPES
+@pytest.mark.parametrize("late", [0, 20, 300])
+@pytest.mark.parametrize("constant", [1.0, -0.5, 0.0])
+def test_normalisers_are_checked_where_they_are_divided(backend, late, constant, dtype):
+    near = make(tokens=301, heads=4, kv_heads=2, window=3, far="any", late=late, sinks=2, decay="soft").to(dtype)
+    count = torch.rand(1, 1, 301 - late).mul(100).to(dtype).expand(-1, 4, -1)
+    y, unsafe = divide(near, backend, count, constant)
+    expected, found = divide_afterwards(near, backend, Check(constant, count))
+    assert same(y, expected)
+    assert int(unsafe) == found == int(y.isnan().all(-1).sum())
+    assert found < 1204
+
+
+def same(x, y):
+    return torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+@by_every_backend
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["key", "value", "sink_key", "sink_value", "far", "query"])
+def test_what_is_not_finite_is_noticed_where_it_is_divided(backend, bad, where):
+    near = make(tokens=40, window=5, far="positive", sinks=1)
+    changed = getattr(near, where).clone()
+    changed[:, 0, -1, 0] = bad
+    near = replace(near, **{where: changed})
+    y, _ = divide(near, backend)
+    expected, _ = divide_afterwards(near, backend)
+    assert same(y, expected)
+    assert not y.isfinite().all()
+
+
 # ---- addresses, threads ----------------------------------------------------------------------------------------------
 
 
@@ -433,11 +511,15 @@ def test_no_bit_depends_on_the_number_of_threads(backend, heads, threads, monkey
     found = {}
     for count in (1, 2, 7):
         threads(count)
-        found[count] = [*near.attend(backend), *gradients_of(near, lambda x: x.attend(backend))]
+        found[count] = [
+            *near.attend(backend),
+            *divide(near, backend, None, 1.0),
+            *gradients_of(near, lambda x: x.attend(backend)),
+        ]
     for count in (2, 7):
         assert [torch.equal(a, b) for a, b in zip(found[count], found[1], strict=True)] == [True] * len(found[1])
     expected = gradients_of(near, attend_by_definition)
-    assert max(relative_error(a, b) for a, b in zip(found[1][2:], expected, strict=True)) < EXACT
+    assert max(relative_error(a, b) for a, b in zip(found[1][4:], expected, strict=True)) < EXACT
 
 
 def test_blocks_of_a_few_rows_at_a_time_give_the_same(monkeypatch):
@@ -462,6 +544,7 @@ def test_pytorch_finds_the_operator_sound(backend, mode):
     arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
     given = (torch.ones_like(out), out, top, *arguments, backend)
     torch.library.opcheck(attend_near_backward, given, test_utils=tests[:2])
+    torch.library.opcheck(divide_near, (*arguments, backend, None, None), test_utils=tests[:2])
 
 
 def test_a_tracer_sees_shapes_and_gradients():

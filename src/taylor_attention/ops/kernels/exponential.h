@@ -35,20 +35,49 @@ constexpr double kInverseFactorials[] = {1.0,           1.0,            1.0 / 2,
 
 template <class T> INLINE Vector<T> maximum(Vector<T> a, Vector<T> b) { return a > b ? a : b; }  // b where a is NaN
 template <class T> INLINE Vector<T> minimum(Vector<T> a, Vector<T> b) { return a < b ? a : b; }
+#if defined(__x86_64__)  // one instruction, where compilers make two
+#if VECTOR_BYTES == 64
+#define X86(name) _mm512_##name
+#elif VECTOR_BYTES == 32
+#define X86(name) _mm256_##name
+#else
+#define X86(name) _mm_##name
+#endif
+template <> INLINE Vector<float> maximum<float>(Vector<float> a, Vector<float> b) { return X86(max_ps)(a, b); }
+template <> INLINE Vector<float> minimum<float>(Vector<float> a, Vector<float> b) { return X86(min_ps)(a, b); }
+template <> INLINE Vector<double> maximum<double>(Vector<double> a, Vector<double> b) { return X86(max_pd)(a, b); }
+template <> INLINE Vector<double> minimum<double>(Vector<double> a, Vector<double> b) { return X86(min_pd)(a, b); }
+#undef X86
+#endif
 
 // To about one unit in the last place. 0 below `lowest`; above `highest` as there, so that nothing times it is still
 // nothing. NaN stays NaN.
-template <class T> INLINE Vector<T> exponential(Vector<T> x) {
+//
+// Several vectors go side by side, since one alone is a chain of operations that each wait for the one before, longer than
+// what a processor looks ahead.
+template <class T, int C> INLINE void exponentials(Vector<T> (&x)[C]) {
   using Of = Exponential<T>;
   using Bits = typename Of::Bits;
-  x = minimum<T>(broadcast(Of::highest), x);
-  const Vector<T> shifted = x * T(1.4426950408889634074) + Of::shift, n = shifted - Of::shift;
-  const Vector<T> r = (x - n * Of::log2) - n * Of::log2_rest;
-  Vector<T> y = broadcast(T(kInverseFactorials[Of::degree]));
+  Vector<T> r[C], power[C], y[C];
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) {
+    const Vector<T> bounded = maximum<T>(broadcast(Of::lowest), minimum<T>(broadcast(Of::highest), x[c]));
+    const Vector<T> shifted = bounded * T(1.4426950408889634074) + Of::shift, n = shifted - Of::shift;
+    r[c] = (bounded - n * Of::log2) - n * Of::log2_rest;
+    power[c] = x[c] < Of::lowest ? Vector<T>{} : reinterpret_cast<Vector<T>>(reinterpret_cast<Bits>(shifted) << Of::mantissa);
+    y[c] = broadcast(T(kInverseFactorials[Of::degree]));
+  }
 #pragma GCC unroll 16
-  for (int p = Of::degree - 1; p >= 0; --p) y = y * r + T(kInverseFactorials[p]);
-  const Vector<T> power = reinterpret_cast<Vector<T>>(reinterpret_cast<Bits>(shifted) << Of::mantissa);
-  return x < Of::lowest ? Vector<T>{} : y * power;
+  for (int p = Of::degree - 1; p >= 0; --p)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) y[c] = y[c] * r[c] + T(kInverseFactorials[p]);
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) x[c] = y[c] * power[c];
+}
+template <class T> INLINE Vector<T> exponential(Vector<T> x) {
+  Vector<T> one[1] = {x};
+  exponentials<T>(one);
+  return one[0];
 }
 
 // The logarithm of a positive normal number, to about one unit in the last place; infinity is like 2^(highest + 1). With

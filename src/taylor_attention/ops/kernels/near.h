@@ -168,11 +168,14 @@ template <class T> struct NearSweep {
   // Scores become exp(score - top), with a top for each lane.
   INLINE void weigh(Index count, Vector<T> left, Vector<T> right) {
     T* to = scores;
-#pragma GCC unroll 2
-    for (Index r = 0; r < count; ++r, to += N) {
-      store(to, exponential<T>(load(to) - left));
-      store(to + L, exponential<T>(load(to + L) - right));
+    for (Index r = 0; r + 1 < count; r += 2, to += 2 * N) {
+      Vector<T> x[4] = {load(to) - left, load(to + L) - right, load(to + N) - left, load(to + N + L) - right};
+      exponentials<T>(x);
+      store(to, x[0]), store(to + L, x[1]), store(to + N, x[2]), store(to + N + L, x[3]);
     }
+    if (count % 2 == 0) return;
+    store(to, exponential<T>(load(to) - left));
+    store(to + L, exponential<T>(load(to + L) - right));
   }
 
   // Weights times the gradient by them, which is a product.
