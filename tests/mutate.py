@@ -72,8 +72,8 @@ MUTATIONS = [
     Mutation(
         "an unsafe normaliser passes",
         "ops/normaliser.py",
-        "unsafe = ~((z > SAFE_SHARE * abs(constant) * seen) & (z < torch.inf)) & (seen != 0)",
-        "unsafe = seen != seen",
+        "return ~((z > SAFE_SHARE * abs(constant) * seen) & (z < torch.inf)) & (seen != 0)",
+        "return seen != seen",
         "tests/ops/test_modes.py tests/ops/test_numerics.py",
     ),
     Mutation(

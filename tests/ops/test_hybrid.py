@@ -1072,3 +1072,14 @@ def test_misuse_of_decoding_leaves_the_state_as_it_was(reach):
     with pytest.raises(ArgumentError, match="^state: expected no gradients"):
         problem.part(9, 10).recorded().decode_(state)
     assert differences(state, before) == []
+
+
+# ---- with and without gradients to come ------------------------------------------------------------------------------
+
+
+@ROWS
+@pytest.mark.parametrize("options", [{}, {"degree": None}, {"sinks": 2, "decay": "soft"}, {"window": 90}], ids=str)
+def test_no_bit_depends_on_whether_gradients_are_recorded(backend, options):
+    problem = make(**{"batch": 2, "heads": 4, "kv_heads": 2, "length": 70, "degree": 2, "window": 9, **options})
+    recorded = replace(problem, query=problem.query.clone().requires_grad_())
+    assert torch.equal(problem.solve(backend=backend), recorded.solve(backend=backend).detach())

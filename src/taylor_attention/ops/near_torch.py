@@ -65,7 +65,7 @@ def forward(inputs: NearInputs) -> tuple[Tensor, Tensor]:
     n, group = whole.q.shape[:2]
     out = inputs.query.new_empty(n, group, tokens, inputs.columns)
     top = inputs.query.new_empty(n, group, tokens)
-    far = None if inputs.far is None else inputs.far.reshape(n, group, -1, inputs.columns)
+    far = None if inputs.far is None else inputs.far.reshape(n, group, inputs.far.shape[2], inputs.columns)
     for rows, block in _blocks(whole, inputs):
         queries = slice(block.first, block.last)
         shape = (-1, group, block.last - block.first)
