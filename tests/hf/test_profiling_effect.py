@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from taylor_attention import hf
-from taylor_attention.hf.profiling.effect import CHUNK, effect_steps, uniform
+from taylor_attention.hf.profiling.effect import CHUNK, beside_softmax, effect_steps, token_losses, uniform
 from taylor_attention.hf.profiling.observe import Observation
 from taylor_attention.hf.profiling.profiler import Profiler
 from tiny_models import causal_model, encoder, token_ids
@@ -40,6 +40,21 @@ def test_the_loss_is_that_of_a_model_that_uses_the_settings():
     hf.use(model, SOME)
     assert found == pytest.approx(later_half(model, piece, use_cache=False), rel=1e-6)
     assert abs(found - softmax) > 1e-3
+
+
+def test_beside_softmax_stand_the_losses_and_the_divergences_of_all_tokens():
+    model, piece = causal_model(), token_ids(1, TOKENS)[0]
+    losses, apart = beside_softmax(model, piece, SOME)
+    assert torch.allclose(losses, token_losses(model, piece, SOME), atol=1e-5)
+    shares = []
+    for settings in (None, SOME):
+        if settings is not None:
+            hf.use(model, settings)
+        with torch.no_grad():
+            shares.append(model(piece[None], use_cache=False).logits[0, :-1].float().softmax(-1))
+    expected = (shares[0] * (shares[0] / shares[1]).log()).sum(-1)
+    assert torch.allclose(apart, expected, atol=1e-5)
+    assert float(apart[TOKENS // 2 :].mean()) > 1e-4
 
 
 @pytest.mark.parametrize("settings", [hf.HeadSettings(window=None), hf.HeadSettings(window=TOKENS)])

@@ -127,6 +127,8 @@ def test_the_learned_part_is_read_and_has_a_rival_of_its_bytes(models: Path) -> 
     assert by_head["bytes"] <= learned["bytes"]
     assert 0.9 * learned["bytes"] < plain["bytes"] <= learned["bytes"]
     assert learned["heads"][0]["far_dim"] == 3
+    assert all(place["divergence"] > 0 for each in (plain, learned) for place in each["ranges"])
+    assert all("divergence" not in place for place in by_head["ranges"])
     assert all(far_map(each) is None and key_centre(each) is None for each in attention_layers(model))
 
 
@@ -183,6 +185,22 @@ def test_the_share_of_the_gap_is_told() -> None:
 def test_a_far_part_is_compared_at_its_bytes(far: Finding, rival: Finding, sentence: str) -> None:
     (line,) = EXPERIMENT.conclusions([LOSSES[0], rival, far])
     assert sentence in line
+
+
+def apart(method: str, *divergences: float) -> Finding:
+    finding = told(method, "learned", 2.3)
+    places = [place | {"divergence": value} for place, value in zip(finding.values["ranges"], divergences, strict=True)]
+    return Finding(finding.case, finding.values | {"ranges": places}, 1.0)
+
+
+def test_divergences_are_told_where_they_were_measured() -> None:
+    findings = [LOSSES[0], apart(WINDOW, 0.1, 0.2), apart(LEARNED, 0.11, 0.15)]
+    table = EXPERIMENT.tables(findings)[2]
+    assert table.rows == ((WINDOW, "10%", "0.1000", "0.2000"), (LEARNED, "10%", "0.1100", "0.1500"))
+    line = EXPERIMENT.conclusions(findings)[-1]
+    assert "nearer than a window alone of the same bytes at 1 of 2 ranges" in line
+    assert "0.1500 beside 0.2000" in line
+    assert all("how far" not in each.title for each in EXPERIMENT.tables(LOSSES))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])

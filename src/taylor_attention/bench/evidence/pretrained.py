@@ -79,7 +79,7 @@ def measure(case: Case, seed: int) -> dict[str, Any]:
 
 def _measure_language(case: Case) -> dict[str, Any]:
     from ...hf import profiling
-    from ...hf.profiling.effect import CHUNK, centred
+    from ...hf.profiling.effect import CHUNK, beside_softmax, centred
 
     model, tokenizer = source.load("smollm2")
     text = source.speech(tokenizer, case["speech"], case["tokens"])
@@ -90,12 +90,18 @@ def _measure_language(case: Case) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(), centred(model, centres), source.with_learned(model, maps):
             warnings.simplefilter("error", NormaliserWarning)
-            losses = profiling.token_losses(model, text, settings, notify=lambda: chunks.append(None))
+            if isinstance(case["budget"], str) and case["method"] in (WINDOW, LEARNED):
+                losses, apart = beside_softmax(model, text, kept, notify=lambda: chunks.append(None))
+                measured = {"loss": losses, "divergence": apart}
+            else:
+                measured = {"loss": profiling.token_losses(model, text, settings, notify=lambda: chunks.append(None))}
     except NormaliserWarning:
         return found | {"ranges": [], "failed": CHUNK * len(chunks)}
-    ranges = [(a, min(b, len(losses))) for a, b in RANGES if a < len(losses)]
-    means = [{"from": a, "to": b, "loss": float(losses[a:b].double().mean())} for a, b in ranges]
-    return found | {"ranges": means, "failed": None}
+    count = len(measured["loss"])
+    ranges = [(a, min(b, count)) for a, b in RANGES if a < count]
+    means = [{name: float(x[a:b].double().mean()) for name, x in measured.items()} for a, b in ranges]
+    told = [{"from": a, "to": b} | mean for (a, b), mean in zip(ranges, means, strict=True)]
+    return found | {"ranges": told, "failed": None}
 
 
 def _keeping(case: Case) -> tuple[ModelSettings | None, list[Tensor] | None, list[FarMap] | None]:

@@ -40,11 +40,11 @@ class Losses:
     def __iter__(self) -> Iterator[Finding]:
         return (each for some in self.found.values() for each in some)
 
-    def at(self, method: Method, end: int | None = None) -> float | None:
+    def at(self, method: Method, end: int | None = None, what: str = "loss") -> float | None:
         """The loss in the range that ends there, or in the last one; None if some speech could not be read."""
         if not self.ends:
             return None
-        losses = [_loss(each, end or self.ends[-1]) for each in self.found.get(method, [])]
+        losses = [_loss(each, end or self.ends[-1], what) for each in self.found.get(method, [])]
         known = [loss for loss in losses if loss is not None]
         return sum(known) / len(known) if known and len(known) == len(losses) else None
 
@@ -69,8 +69,8 @@ class Losses:
         return self.nbytes(method) / self.nbytes(whole) if whole in self.found else None
 
 
-def _loss(finding: Finding, end: int) -> float | None:
-    return next((place["loss"] for place in finding.values["ranges"] if place["to"] == end), None)
+def _loss(finding: Finding, end: int, what: str = "loss") -> float | None:
+    return next((place.get(what) for place in finding.values["ranges"] if place["to"] == end), None)
 
 
 def _percent(share: float | None) -> str:
@@ -84,7 +84,14 @@ def _digits(value: float | None, absent: str = "failed") -> str:
 def tables(findings: Findings) -> list[Table]:
     """Losses by position and by text, what heads keep, and embeddings."""
     losses = Losses(findings)
-    return [_by_position(losses), _by_speech(losses), _kept(losses), _encoder(findings)]
+    apart = _apart(losses)
+    return [
+        _by_position(losses),
+        _by_speech(losses),
+        *([apart] if apart.rows else []),
+        _kept(losses),
+        _encoder(findings),
+    ]
 
 
 def _by_position(losses: Losses) -> Table:
@@ -118,6 +125,25 @@ def _by_speech(losses: Losses) -> Table:
         ("method", "bytes", *names, "seconds"),
         tuple(rows),
         "Nats per token. Seconds of a whole text, the first case of a method with what it chooses by.",
+    )
+
+
+def _apart(losses: Losses) -> Table:
+    """Divergence from softmax by position, where it was measured."""
+    methods = [method for method in losses.found if losses.at(method, what="divergence") is not None]
+    rows = [
+        (
+            method[0],
+            _percent(losses.share(method)),
+            *(_digits(losses.at(method, end, "divergence")) for end in losses.ends),
+        )
+        for method in methods
+    ]
+    return Table(
+        "SmolLM2-135M: how far next-token distributions are from those of softmax",
+        ("method", "bytes", *(f"to {end:,}" for end in losses.ends)),
+        tuple(rows),
+        "Kullback-Leibler divergences in nats per token, mean of the speeches, by position as above.",
     )
 
 
@@ -207,6 +233,7 @@ def conclusions(findings: Findings) -> list[str]:
     losses = Losses(findings)
     told = [_tell_gap(losses, method) for method in losses.found if method[0] == BY_HEAD]
     told += [_tell_far(losses, name) for name in (*FAR, LEARNED)]
+    told += [_tell_apart(losses, method) for method in losses.found if method[0] == LEARNED]
     return [line for line in (*told, _tell_encoder(findings)) if line is not None]
 
 
@@ -241,6 +268,20 @@ def _tell_far(losses: Losses, name: str) -> str | None:
     verdict = {0: "does not earn its bytes", len(pairs): "earns its bytes"}.get(earned, "earns its bytes at some only")
     listed = ", ".join(f"at {_percent(share)} {own - plain:+.4f}" for share, own, plain in pairs)
     return f"{name} {verdict}: its loss less that of a window alone of the same bytes is {listed} nats per token."
+
+
+def _tell_apart(losses: Losses, method: Method) -> str | None:
+    """What a learned far part does to next-token distributions."""
+    places = [[losses.at(each, end, "divergence") for end in losses.ends] for each in (method, losses.rival(method))]
+    own, plain = ([value for value in values if value is not None] for values in places)
+    if not own or len(own) != len(plain):
+        return None
+    nearer = sum(mine < theirs for mine, theirs in zip(own, plain, strict=True))
+    return (
+        f"By divergence from softmax the learned far part at {_percent(losses.share(method))} of the bytes is nearer "
+        f"than a window alone of the same bytes at {nearer} of {len(own)} ranges of positions; over the last "
+        f"{own[-1]:.4f} beside {plain[-1]:.4f} nats per token."
+    )
 
 
 def _tell_encoder(findings: Findings) -> str | None:

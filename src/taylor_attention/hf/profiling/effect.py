@@ -60,6 +60,31 @@ def token_losses(
     return torch.cat(found)
 
 
+def beside_softmax(
+    model: Any, piece: Tensor, settings: ModelSettings | HeadSettings, *, notify: Notify = None
+) -> tuple[Tensor, Tensor]:
+    """Losses at each token of a text but the last, and how far next-token distributions are from those of softmax.
+
+    Both [T - 1], in nats per token, the second as Kullback-Leibler divergences; otherwise as `next_token_loss`.
+    """
+    caches: dict[bool, Any] = {}
+    losses, divergences = [], []
+    for start in range(0, len(piece) - 1, CHUNK):
+        asked = piece[start : start + CHUNK].to(model.device)
+        target = piece[start + 1 : start + CHUNK + 1].to(model.device)
+        shares = {}
+        for exact in (True, False):
+            with using(model, None if exact else settings), torch.no_grad():
+                cache = caches.setdefault(exact, DynamicCache() if exact else TaylorCache(model))
+                logits = model(input_ids=asked[None], past_key_values=cache, use_cache=True).logits[0]
+                shares[exact] = logits[: len(target)].float().log_softmax(-1)
+        losses.append(functional.nll_loss(shares[False], target, reduction="none"))
+        divergences.append(functional.kl_div(shares[False], shares[True], reduction="none", log_target=True).sum(-1))
+        if notify is not None:
+            notify()
+    return torch.cat(losses), torch.cat(divergences)
+
+
 def log_shares(model: Any, piece: Tensor, positions: Tensor) -> Tensor:
     """Logarithms of the next-token distributions at some positions of a text, [n, vocabulary], as the model attends."""
     there = positions.to(model.device)
