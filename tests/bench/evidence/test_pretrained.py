@@ -179,7 +179,11 @@ def test_the_share_of_the_gap_is_told() -> None:
         (told("window + degree 1, fitted", 0.25, 2.5), LOSSES[1], "does not earn its bytes: its loss less that of"),
         (told("window + degree 1, fitted", 0.25, 2.3), LOSSES[1], "earns its bytes: its loss less that of"),
         (told("window + degree 1, centred", 0.25, None), LOSSES[1], "at 25% of the bytes, a normaliser was not"),
-        (told(LEARNED, "learned", 2.3), told(WINDOW, "learned", 2.25), "alone of the same bytes is at 10% +0.0500"),
+        (
+            told(LEARNED, "learned", 2.3),
+            told(WINDOW, "learned", 2.25),
+            "alone of the same bytes is learned, at 10% +0.0500",
+        ),
     ],
 )
 def test_a_far_part_is_compared_at_its_bytes(far: Finding, rival: Finding, sentence: str) -> None:
@@ -196,7 +200,7 @@ def apart(method: str, *divergences: float) -> Finding:
 def test_divergences_are_told_where_they_were_measured() -> None:
     findings = [LOSSES[0], apart(WINDOW, 0.1, 0.2), apart(LEARNED, 0.11, 0.15)]
     table = EXPERIMENT.tables(findings)[2]
-    assert table.rows == ((WINDOW, "10%", "0.1000", "0.2000"), (LEARNED, "10%", "0.1100", "0.1500"))
+    assert table.rows == ((WINDOW, "10%", "0.1000", "0.2000"), (f"{LEARNED}: learned", "10%", "0.1100", "0.1500"))
     line = EXPERIMENT.conclusions(findings)[-1]
     assert "nearer than a window alone of the same bytes at 1 of 2 ranges" in line
     assert "0.1500 beside 0.2000" in line

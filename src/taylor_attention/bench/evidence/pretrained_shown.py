@@ -73,6 +73,11 @@ def _loss(finding: Finding, end: int, what: str = "loss") -> float | None:
     return next((place.get(what) for place in finding.values["ranges"] if place["to"] == end), None)
 
 
+def _label(method: Method) -> str:
+    """A method in tables; what was learned with the folder that it is in."""
+    return f"{method[0]}: {method[1]}" if method[0] == LEARNED else method[0]
+
+
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.3g}%"
 
@@ -99,7 +104,7 @@ def _by_position(losses: Losses) -> Table:
     for method in losses.found:
         own = (_digits(losses.at(method, end)) for end in losses.ends)
         size = number(losses.nbytes(method) / 1e6)
-        rows.append((method[0], _percent(losses.share(method)), size, *own, _percent(losses.closed(method))))
+        rows.append((_label(method), _percent(losses.share(method)), size, *own, _percent(losses.closed(method))))
     return Table(
         "SmolLM2-135M: next-token loss by position",
         ("method", "bytes", "MB", *(f"to {end:,}" for end in losses.ends), "gap closed"),
@@ -118,7 +123,7 @@ def _by_speech(losses: Losses) -> Table:
         own = {each.case["speech"]: _loss(each, losses.ends[-1]) for each in found}
         seconds = sum(each.seconds for each in found) / len(found)
         cells = (_digits(own[name]) if name in own else "" for name in names)
-        rows.append((method[0], _percent(losses.share(method)), *cells, number(seconds)))
+        rows.append((_label(method), _percent(losses.share(method)), *cells, number(seconds)))
     where = f"to {losses.ends[-1]:,}" if losses.ends else ""
     return Table(
         f"SmolLM2-135M: each speech, last positions ({where})",
@@ -133,7 +138,7 @@ def _apart(losses: Losses) -> Table:
     methods = [method for method in losses.found if losses.at(method, what="divergence") is not None]
     rows = [
         (
-            method[0],
+            _label(method),
             _percent(losses.share(method)),
             *(_digits(losses.at(method, end, "divergence")) for end in losses.ends),
         )
@@ -260,13 +265,13 @@ def _tell_far(losses: Losses, name: str) -> str | None:
     if failed:
         budgets = ", ".join(_percent(losses.share(method)) for method in failed)
         return f"{name}: at {budgets} of the bytes, a normaliser was not safely positive, so there is no loss."
-    compared = [(losses.share(each), losses.at(each), losses.at(losses.rival(each))) for each in methods]
-    pairs = [(share, own, plain) for share, own, plain in compared if own is not None and plain is not None]
+    compared = [(_where(losses, each), losses.at(each), losses.at(losses.rival(each))) for each in methods]
+    pairs = [(where, own, plain) for where, own, plain in compared if own is not None and plain is not None]
     if not pairs:
         return None
     earned = sum(own < plain for _, own, plain in pairs)
     verdict = {0: "does not earn its bytes", len(pairs): "earns its bytes"}.get(earned, "earns its bytes at some only")
-    listed = ", ".join(f"at {_percent(share)} {own - plain:+.4f}" for share, own, plain in pairs)
+    listed = ", ".join(f"{where} {own - plain:+.4f}" for where, own, plain in pairs)
     return f"{name} {verdict}: its loss less that of a window alone of the same bytes is {listed} nats per token."
 
 
@@ -278,10 +283,15 @@ def _tell_apart(losses: Losses, method: Method) -> str | None:
         return None
     nearer = sum(mine < theirs for mine, theirs in zip(own, plain, strict=True))
     return (
-        f"By divergence from softmax the learned far part at {_percent(losses.share(method))} of the bytes is nearer "
+        f"By divergence from softmax the learned far part ({_where(losses, method)} of the bytes) is nearer "
         f"than a window alone of the same bytes at {nearer} of {len(own)} ranges of positions; over the last "
         f"{own[-1]:.4f} beside {plain[-1]:.4f} nats per token."
     )
+
+
+def _where(losses: Losses, method: Method) -> str:
+    """Of how many bytes, and what was learned in which folder."""
+    return f"{method[1]}, " * (method[0] == LEARNED) + f"at {_percent(losses.share(method))}"
 
 
 def _tell_encoder(findings: Findings) -> str | None:
