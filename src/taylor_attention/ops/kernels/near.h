@@ -262,7 +262,7 @@ template <class T> struct NearByQueries : NearSweep<T> {
       });
       for (Index member = 0; member < p.group; ++member) finish(member, first, tokens);
     }
-    if (p.y) {
+    if (p.unsafe) {
       __atomic_fetch_add(p.unsafe, unsafe, __ATOMIC_RELAXED);
       __atomic_fetch_add(p.broken, broken, __ATOMIC_RELAXED);
     }
@@ -270,7 +270,7 @@ template <class T> struct NearByQueries : NearSweep<T> {
 
   // Count blocks of keys in which some number is not finite.
   void look(Index tokens) {
-    if (!p.y) return;
+    if (!p.unsafe) return;
     const Index padded = round_up(tokens, N);
     bool whole = finite(k.rows, tokens * d);
     for (Index e = 0; e + 1 < columns; ++e) whole = finite(u.columns.row(e), padded) && whole;
@@ -355,9 +355,9 @@ template <class T> struct NearByQueries : NearSweep<T> {
       const Vector<T> factor = exponential<T>(minimum<T>(-settled, broadcast(-Exponential<T>::lowest)));
       store(top + at, settled);
       for (Index e = 0; p.far && e < columns; ++e) store(y.row(e) + at, load(y.row(e) + at) + factor * load(far.row(e) + at));
-      if (p.y) divide(at, earlier_of(tokens - t, L), weight, factor);
+      if (p.unsafe) divide(at, earlier_of(tokens - t, L), weight, factor);
     }
-    if (p.y) return transpose<T>(y.row(0) + begin, y.stride, columns - 1, tokens, static_cast<T*>(p.y) + to * (columns - 1), columns - 1);
+    if (p.unsafe) return transpose<T>(y.row(0) + begin, y.stride, columns - 1, tokens, static_cast<T*>(p.y) + to * (columns - 1), columns - 1);
     transpose<T>(y.row(0) + begin, y.stride, columns, tokens, static_cast<T*>(p.out) + to * columns, columns);
     memcpy(static_cast<T*>(p.top) + to, top + begin, tokens * sizeof(T));
   }

@@ -140,10 +140,10 @@ struct NearProblem {
   const void* far;                // [batch, heads x group, far_queries, E] or null
   void *out, *top;                // [batch, heads x group, queries, E]; [batch, heads x group, queries]
   // Forward, instead of out and top:
-  void* y;                        // N / Z, [batch, heads x group, queries, E - 1], or null
+  void* y;                        // where `unsafe` is given: N / Z, [batch, heads x group, queries, E - 1], null if empty
   double constant, safe;          // normalisers below safe x |constant| x keys seen make NaN; negative: no check
   Strided count;                  // how many far keys each query with a far part sees; data null: none
-  std::int64_t *unsafe, *broken;  // counted up: such normalisers; entries of keys and values that are not finite
+  std::int64_t *unsafe, *broken;  // null, or to divide, counted up: such normalisers; blocks of keys and values that are not finite
   // Backward only:
   const void* grad;                          // like out
   void *query_grad, *key_grad, *column_grad;  // contiguous; column: of [value, 1]
