@@ -23,6 +23,11 @@ ELSEWHERE = {
     },
     "how-it-works.md": {"zeros of truncated series, and e^2": "1.596 2.181 7.4"},
     "needles.md": {"ln(W/n) + n/W for n = 64 and W = 192": "1.43"},
+    "pretrained.md": {
+        "cached tokens of as many bytes, held by tests/hf/test_settings.py": "2,243",
+        "what `taylor-attention distill` itself tells of the command on the page": "98,304 3.3373 3.3425 3.2229 0.1709 "
+        "0.1785",
+    },
     "reliability.md": {
         "names and tolerances of tests": "2000 2,000 15%",
         "the largest float16, and bounds on keys: 2^(96/3) and 2^(96/2)": "65,504 4.3e9 2.8e14",

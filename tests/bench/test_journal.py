@@ -35,15 +35,10 @@ def test_what_was_written_is_found_again(path: Path):
     assert (again.find(NEAR.case), again.find(SECOND.case)) == (NEAR, SECOND)
 
 
-def test_results_from_before_there_were_windows_have_none(path: Path):
-    text = path.read_text()
-    for name in ('"window": 0', '"window_needed": null', '"window_ratio": null'):
-        assert name in text
-        text = text.replace(f", {name}", "")
-    path.write_text(text)
-    journal = Journal(path, SETTINGS, Result.from_dict, resume=True)
-    assert journal.results == [FIRST, SECOND]
-    assert journal.find(replace(FIRST.case, window=64)) is None
+def test_results_of_another_form_are_refused(path: Path):
+    path.write_text(path.read_text().replace(', "window_needed": null', ""))
+    with pytest.raises(StorageError, match="line 1 is no result of a benchmark"):
+        Journal(path, SETTINGS, Result.from_dict, resume=True)
 
 
 def test_other_settings_are_kept_but_not_used(path: Path):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import time
 from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
 
 from taylor_attention.bench import facts, model
 from taylor_attention.bench.agreement import DisagreementError
 from taylor_attention.bench.cases import MODEL_SHAPE, Case, Outcome, Result, Settings, plan_cases
+from taylor_attention.bench.evidence import speed_shown
 from taylor_attention.bench.machine import Machine
 from taylor_attention.bench.measure import Bench, check, measure
-from taylor_attention.cli import bench_report
 from taylor_attention.core.state import State
 from taylor_attention.errors import ArgumentError
 from taylor_attention.lm.checkpoint import load_checkpoint, shipped
@@ -110,7 +108,5 @@ def test_the_share_is_in_the_facts_the_results_and_the_table():
         "attention_shares": {40: shares},
     }
     assert MADE.to_dict()["attention_shares"] == shares
-    console = Console(file=io.StringIO(), width=140)
-    console.print(bench_report._model_table([MADE]))
-    shown = console.file.getvalue()
-    assert "1 (25%)" in shown and "6 (75%)" in shown
+    [table] = speed_shown.tabulate([MADE])
+    assert table.rows == (("40", "4", "1 (25%)", "1 MB", "8", "6 (75%)", "-"),)
