@@ -185,7 +185,8 @@ def _command() -> str:
             continue
         value = context.params[option.name or ""]
         for each in value if isinstance(value, tuple) else (value,):
-            words += [option.opts[0]] if each is True else [option.opts[0], Path(str(each)).name]
+            text = Path(each).name if option.name == "against" else str(each)
+            words += [option.opts[0]] if each is True else [option.opts[0], text]
     return shlex.join(["taylor-attention", "bench", *words])
 
 

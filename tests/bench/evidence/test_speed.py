@@ -59,22 +59,22 @@ def cells(table: Table) -> dict[str, tuple[str, ...]]:
 def test_an_aim_is_held_against_the_worst_figure():
     told = cells(tabulate_aims(RESULTS))
     assert told["prefill: of the GEMM rate"] == ("0.25 (0.3, missed)", "-", "-", "1 (0.75)")
-    assert told["decoding: times as fast as rival.py:theirs"] == ("28.6 (40, missed)", "-", "-", "-")
+    assert told["decoding: times as fast as rival.py:theirs"] == ("28.57 (40, missed)", "-", "-", "-")
     assert told["decoding: of the read bandwidth"] == ("-", "-", "-", "0.5 (0.8, missed)")
     assert told["decoding: longest or shortest step over that at 1,024"] == ("1.05 (1.1)", "-", "-", "2 (1.1, missed)")
     assert told["training step, degree 3: over its forward pass"] == ("3.5 (3.5)", "-", "-", "3.6 (3.5, missed)")
     what = "prefill, degree 3, window 64: over the pure method and the window's FLOPs"
-    assert told[what] == ("1.3 (1.3)", "-", "-", "1.33 (1.3, missed)")
+    assert told[what] == ("1.3 (1.3)", "-", "-", "1.333 (1.3, missed)")
     assert not any("degree 2" in what for what in told)  # nothing of it was measured
 
 
 def test_faster_at_the_shortest_length_bounds_where_softmax_is_overtaken():
     told = cells(tabulate_aims(RESULTS))
     what = "decoding: faster than softmax from, over the memory break-even"
-    assert told[what] == ("11 or less (1.5)", "-", "-", "inf (1.5, missed)")
+    assert told[what] == ("11.01 or less (1.5)", "-", "-", "inf (1.5, missed)")
     what = "prefill, degree 3: faster than softmax from, over the FLOP break-even"
-    assert told[what][0] == "2.63 or less (2)"  # 1,024 of 390 tokens: not known
-    assert told[what][3] == "0.0833 or less (2)"
+    assert told[what][0] == "2.626 or less (2)"  # 1,024 of 390 tokens: not known
+    assert told[what][3] == "0.08328 or less (2)"
 
 
 def test_only_what_is_known_is_counted():
@@ -107,13 +107,16 @@ def test_sentences_say_how_much_is_reached_and_what_was_left_out():
 
 
 def test_a_model_is_told_by_its_attentions_share():
-    twins = {"taylor": Outcome(4.0, attention=1.0), "softmax": Outcome(8.0, attention=4.0)}
-    shown = Result(Case("model", 16, 2, 4096), twins)
-    assert speed_shown.conclude([shown]) == [
-        "Of generating one byte after 4,096, attention is 25% in taylor, 50% in softmax."
+    made = [
+        Result(
+            Case("model", 16, 2, n), {"taylor": Outcome(4.0, attention=1.0), "softmax": Outcome(8.0, attention=took)}
+        )
+        for n, took in ((64, 2.0), (4096, 4.0))
     ]
-    [table] = speed_shown.tabulate([shown])
-    assert table.rows == (("4,096", "4", "1 (25%)", "-", "8", "4 (50%)", "-"),)
+    [line] = speed_shown.conclude(made)
+    assert line == "Of generating one byte after 64 to 4,096, attention is 25% to 25% in taylor, 25% to 50% in softmax."
+    [table] = speed_shown.tabulate(made)
+    assert table.rows[1] == ("4,096", "4", "1 (25%)", "-", "8", "4 (50%)", "-")
 
 
 def test_a_file_tells_the_same_as_the_run(tmp_path: Path):

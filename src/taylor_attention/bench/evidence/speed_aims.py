@@ -44,8 +44,8 @@ class Aim:
         asked, worst = self.asked[head_dim], min(own) if self.is_least else max(own)
         reached = worst >= asked if self.is_least else worst <= asked
         if self.is_bound(head_dim):
-            return f"{worst:.3g} or less ({asked:g})", True if reached else None
-        return f"{worst:.3g} ({asked:g}{'' if reached else ', missed'})", reached
+            return f"{worst:.4g} or less ({asked:g})", True if reached else None
+        return f"{worst:.4g} ({asked:g}{'' if reached else ', missed'})", reached
 
 
 def count_reached(results: Sequence[Result]) -> tuple[int, int]:

@@ -76,23 +76,35 @@ def conclude(results: Sequence[Result]) -> list[str]:
                 f"Between the turns {what} {statistics.median(rates):.3g} {unit} (median; {min(rates):.3g} to "
                 f"{max(rates):.3g} from case to case)."
             )
-    lines += [line for result in results for line in _tell_alone(result)]
-    return lines + _tell_windows(results) + _tell_skipped(results)
+    return lines + _tell_start(results) + _tell_model(results) + _tell_windows(results) + _tell_skipped(results)
 
 
-def _tell_alone(result: Result) -> list[str]:
-    """A case that is told by itself: starting, and the shipped model."""
-    if result.case.kind == START:
-        first = {name: result.milliseconds(name) or 0.0 for name in (IMPORT, FIRST)}
-        return [
-            f"Importing the package takes {first[IMPORT]:.0f} ms beyond PyTorch's own import (aimed at: 300 at most), "
-            f"the first call {first[FIRST]:.0f} ms (2,000)."
-        ]
-    shares = {name: share for name, share in result.attention_shares.items() if share is not None}
-    if result.case.kind == MODEL and shares:
-        parts = ", ".join(f"{share:.0%} in {name}" for name, share in shares.items())
-        return [f"Of generating one byte after {result.case.length:,}, attention is {parts}."]
-    return []
+def _tell_start(results: Sequence[Result]) -> list[str]:
+    first = [
+        (result.milliseconds(IMPORT) or 0.0, result.milliseconds(FIRST) or 0.0)
+        for result in results
+        if result.case.kind == START
+    ]
+    return [
+        f"Importing the package takes {importing:.0f} ms beyond PyTorch's own import (aimed at: 300 at most), the "
+        f"first call {calling:.0f} ms (2,000)."
+        for importing, calling in first
+    ]
+
+
+def _tell_model(results: Sequence[Result]) -> list[str]:
+    """What part of a generating step attention is, over contexts."""
+    shares: dict[str, list[float]] = {}
+    own = [result for result in results if result.case.kind == MODEL]
+    for result in own:
+        for name, share in result.attention_shares.items():
+            if share is not None:
+                shares.setdefault(name, []).append(share)
+    if not shares:
+        return []
+    parts = ", ".join(f"{min(some):.0%} to {max(some):.0%} in {name}" for name, some in shares.items())
+    lengths = [result.case.length for result in own]
+    return [f"Of generating one byte after {min(lengths):,} to {max(lengths):,}, attention is {parts}."]
 
 
 def _tell_skipped(results: Sequence[Result]) -> list[str]:
