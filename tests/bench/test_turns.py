@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,13 @@ def test_the_first_turn_is_dropped_and_the_median_taken(clock: Clock):
 def test_contestants_take_turns(clock: Clock):
     time_by_turns([clock.contestant("a", 1.0), clock.contestant("b", 1.0)], repeats=4, budget=1e6)
     assert clock.order[2:] == ["a", "b"] * 4
+
+
+def test_a_close_look_takes_more_turns_of_a_round(clock: Clock):
+    close = [replace(clock.contestant(name, 1.0), often=3) for name in "ab"]
+    found = time_by_turns([*close, clock.contestant("c", 1.0)], repeats=2, budget=1e6)
+    assert clock.order[3:] == list("abcabab") * 2
+    assert (found["a"].turns, found["c"].turns) == (6, 2)
 
 
 def test_short_steps_are_repeated_until_they_fill_a_slice(clock: Clock):

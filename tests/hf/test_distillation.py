@@ -16,6 +16,7 @@ from taylor_attention.hf.learner import Learner
 from taylor_attention.hf.models import sizes_of
 from taylor_attention.hf.profiling import next_token_loss
 from taylor_attention.hf.profiling.observe import observing
+from taylor_attention.lm.threads import thread_count
 from taylor_attention.ops.reference import attention_reference
 from tiny_models import LAYERS, causal_model, token_ids
 from tolerances import relative_error
@@ -98,6 +99,17 @@ def test_what_is_learned_brings_a_model_nearer_to_softmax(model, pieces):
     hf.set_key_centres(model, None)
     model.set_attn_implementation("sdpa")
     assert used < 0.7 * windows
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_layers_that_learn_side_by_side_learn_what_they_learn_one_after_the_other(model, pieces, threads):
+    options = {"steps": 3, "queries": 16}
+    with thread_count(1):
+        alone = distill(model, pieces[:2], SETTINGS, **options)
+    with thread_count(threads):
+        together = distill(model, pieces[:2], SETTINGS, **options)
+    for one, other in zip(alone.maps, together.maps, strict=True):
+        assert all(relative_error(a, b) < 1e-5 for a, b in zip(other, one, strict=True))
 
 
 def test_errors_fall_and_are_told_for_each_layer(model, pieces):

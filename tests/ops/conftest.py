@@ -24,6 +24,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def auto(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What "auto" computes with: what the test's parameter says (see `kernels.EITHER`), else the machine's best."""
     monkeypatch.setattr(decoding, "_known", {})  # decoding remembers who computes
+    monkeypatch.setattr(decoding, "_last", {})
     wanted: str = getattr(request, "param", "auto")
     if wanted == "torch":
         monkeypatch.setattr(compiled, "declines", lambda device: "the kernels are set aside for a test")

@@ -495,6 +495,42 @@ def test_descriptions_are_equal_for_equal_tensors_only(backend, name, older, req
     assert compiled.describe((X, X)) == compiled.describe((X + 1, X.clone()))
 
 
+STEPS = {
+    "the same": {},
+    "strides": {"query": lambda x: x.mT.contiguous().mT, "key": lambda x: x.repeat_interleave(2, 3)[..., ::2]},
+    "type": {"query": lambda x: x.float(), "value": lambda x: x.half()},
+    "fewer sequences": {name: lambda x: x[:1] for name in ("query", "key", "value")},
+    "two tokens": {name: lambda x: x.repeat(1, 1, 2, 1) for name in ("query", "key", "value")},
+    "head size": {name: lambda x: x[..., :-1] for name in ("query", "key")},
+    "a list": {"query": lambda x: x.tolist()},
+    "gradients": {"key": lambda x: x.clone().requires_grad_()},
+    "scale": {"scale": lambda _: 0.7},
+    "series": {"series": lambda _: ta.series.GEOMETRIC},
+    "reading": {"reading": lambda _: "fitted"},
+    "hidden": {"key_padding_mask": lambda _: torch.zeros(3, 1, dtype=torch.bool)},
+    "faded": {"log_decay": lambda _: torch.full((3, 2, 1), -0.5)},
+    "broken": {"value": lambda x: x * torch.nan},
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_unlike_the_one_before_is_checked_and_computed_as_if_it_were_the_first(backend, name):
+    problem = make(batch=3, length=20, heads=4, kv_heads=2)
+    _, begun = decode(problem.part(0, 18), backend=backend)
+    token = problem.part(18, 19)
+    given = {"query": token.query, "key": token.key, "value": token.value}
+    ta.decode_(**given, state=begun, backend=backend)
+    changed = given | {name: change(given.get(name)) for name, change in STEPS[name].items()}
+    results = []
+    for state in (begun.clone(), begun):  # of the second one the last step is remembered
+        try:
+            results.append([ta.decode_(**changed, state=state, backend=backend), *state.tensors().values()])
+        except (ArgumentError, TypeError) as error:
+            results.append([str(error), *state.tensors().values()])
+    for one, other in zip(*results, strict=True):
+        assert one == other if isinstance(one, str) else torch.equal(one, other)
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 

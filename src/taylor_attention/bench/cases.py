@@ -180,12 +180,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Ready:
-    """A contestant that has been checked: its step, and what is known of it before it is timed."""
+    """A contestant that has been checked: its step, what is known of it before it is timed, and how to time it."""
 
     step: Callable[[], object]
     error: float | None = None
     nbytes: int | None = None
     together: int = 1
+    often: int = 1
 
 
 class DeclinedError(TaylorAttentionError):

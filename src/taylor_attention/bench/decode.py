@@ -44,6 +44,7 @@ BLOCK = 256  # tokens that a context consists of
 FRESH = 64  # tokens that follow it, over and over
 CHECKED = 4  # of these, compared with float64
 READING = 10  # times the patience that reading a context may take
+CLOSE = 3  # turns of ours in one of the others: how flat decoding is takes a close look
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # one token, [1, H, 1, d] each -> [1, H, 1, d]
 
@@ -178,7 +179,6 @@ def _ready(
     reference: Reference,
     tolerance: float,
     nbytes: int | None,
-    together: int = 1,
 ) -> Ready:
     """A contestant whose first steps are right; from then on it decodes the fresh tokens over and over.
 
@@ -188,7 +188,7 @@ def _ready(
     got = torch.cat([step(*token) for token in context.fresh[:CHECKED]], dim=2)
     error = agreement.require_agreement(name, [got], [context.expected(reference)], tolerance)
     tokens = itertools.cycle(context.fresh)
-    return Ready(lambda: step(*next(tokens)), error, nbytes, together)
+    return Ready(lambda: step(*next(tokens)), error, nbytes)
 
 
 def _taylor(context: Context) -> Reference:
@@ -199,7 +199,8 @@ def _admit_ours(name: str, context: Context) -> Ready:
     state = context.state.clone()
     period = state.tail_key.shape[-1]  # the tail is folded into the moments once in so many steps
     step = partial(decode_, state=state, backend=context.settings.backend)
-    return _ready(name, context, step, _taylor(context), agreement.EXACT, state.nbytes, period)
+    ready = _ready(name, context, step, _taylor(context), agreement.EXACT, state.nbytes)
+    return replace(ready, together=period, often=CLOSE)
 
 
 def _admit_cache(context: Context) -> Ready:

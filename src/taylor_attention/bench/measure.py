@@ -63,7 +63,7 @@ def measure(case: Case, bench: Bench) -> Result:
     torch.manual_seed(settings.seed)
     with thread_count(settings.threads), torch.set_grad_enabled(case.kind == TRAIN):
         ready, skipped = _admit_all(_contestants(case, bench))
-        own = [Contestant(name, each.step, each.together) for name, each in ready.items()]
+        own = [Contestant(name, each.step, each.together, each.often) for name, each in ready.items()]
         beside = bench.machine.contestants(*((READ, COPY) if case.kind == DECODE else (GEMM,)))
         run = partial(time_by_turns, [*own, *beside], repeats=settings.repeats, budget=settings.budget)
         timings, peak = peak_memory(run)

@@ -13,16 +13,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 SLICE = 0.05  # seconds of a turn, unless a single step takes longer
-FEWEST = 3  # turns, however long they take
+FEWEST = 3  # rounds, however long they take
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to time. `together`: steps that belong in one turn, where rare work comes once in so many steps."""
+    """Something to time.
+
+    Attributes:
+        together: steps that belong in one turn, where rare work comes once in so many steps.
+        often: turns in a round of all contestants: more than one where times are compared closely.
+    """
 
     name: str
     step: Callable[[], object]
     together: int = 1
+    often: int = 1
 
 
 @dataclass(frozen=True)
@@ -37,17 +43,19 @@ class Timing:
 
 
 def time_by_turns(contestants: Sequence[Contestant], *, repeats: int, budget: float) -> dict[str, Timing]:
-    """Time every contestant in up to `repeats` turns, fewer (but `FEWEST`) where the budget in seconds is spent."""
+    """Time every contestant in up to `repeats` rounds, fewer (but `FEWEST`) where the budget in seconds is spent."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         steps = {each.name: _steps_of_a_turn(each) for each in contestants}
         found: dict[str, list[float]] = {each.name: [] for each in contestants}
         start = time.perf_counter()
-        for turn in range(max(repeats, 1)):
-            if turn >= FEWEST and time.perf_counter() - start > budget * turn / (turn + 1):
-                break  # the next turn would pass the budget
-            for each in contestants:
+        most = max((each.often for each in contestants), default=0)
+        order = [each for turn in range(most) for each in contestants if turn < each.often]
+        for done in range(max(repeats, 1)):
+            if done >= FEWEST and time.perf_counter() - start > budget * done / (done + 1):
+                break  # the next round would pass the budget
+            for each in order:
                 found[each.name].append(_seconds_of_a_step(each.step, steps[each.name]))
     finally:
         if collecting:

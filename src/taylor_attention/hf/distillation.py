@@ -9,6 +9,7 @@ the others do, so a piece costs one forward pass and a few steps for each layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expect, expect_int
+from ..lm.threads import thread_count
 from .distilled import Distilled
 from .learner import Learner
 from .models import check_settings, sizes_of, text_config
@@ -128,20 +130,36 @@ def choose(
 
 
 def _learn(model: Any, learners: list[Learner], piece: Tensor, steps: int, queries: int, seed: int) -> list[float]:
-    """A few steps of every layer from one piece; each layer's mean error."""
-    found = [0.0] * len(learners)
+    """A few steps of every layer from one piece; each layer's mean error.
 
-    def receive(there: Observation) -> None:
-        seen = _here(there)
+    As many layers as there are threads learn side by side, on one thread each, while the model waits: their products
+    are too small to share.
+    """
+    found = [0.0] * len(learners)
+    waiting: list[Observation] = []
+
+    def learn(seen: Observation) -> None:
         learner = learners[seen.layer]
         draw = torch.Generator().manual_seed(seed * 1009 + seen.layer)
         low = min(int((learner.windows + learner.sinks).min()), len(piece) - 1)
-        for _ in range(steps if learner.has_far else 0):
+        for _ in range(steps):
             positions = torch.randint(low, len(piece), (queries,), generator=draw)
             found[seen.layer] += learner.learn(seen, positions) / steps
 
+    def learn_all() -> None:
+        with thread_count(1), ThreadPoolExecutor(max(1, len(waiting))) as pool:
+            list(pool.map(learn, waiting))
+        waiting.clear()
+
+    def receive(seen: Observation) -> None:
+        if learners[seen.layer].has_far:
+            waiting.append(_here(seen))
+        if len(waiting) >= torch.get_num_threads():
+            learn_all()
+
     with observing(model, receive), torch.no_grad():
         model.base_model(input_ids=piece.to(model.device)[None], use_cache=False)
+        learn_all()
     return found
 
 

@@ -61,7 +61,7 @@ class Learner(nn.Module):
     @torch.no_grad()
     def begin(self, seen: Observation) -> None:
         """Start from the mean key, and from the entries in which scores differ most."""
-        query, key = _grouped(seen), seen.key.float()
+        query, key = _grouped(seen, slice(None)), seen.key.float()
         self.scale = seen.scale
         self.centre.copy_(key.mean(1))
         key = key - self.centre[:, None]
@@ -90,25 +90,39 @@ class Learner(nn.Module):
         return float(errors.detach()[self.windows < SOFTMAX].mean())
 
     def errors(self, seen: Observation, positions: Tensor) -> Tensor:
-        """Relative squared error of the outputs of some queries, [Hkv, G]."""
-        query, key, value = _grouped(seen)[:, :, positions], seen.key.float(), seen.value.float()
-        scores = torch.einsum("hgnd,htd->hgnt", query, key - self.centre[:, None])
+        """Relative squared error of the outputs of some queries, [Hkv, G].
+
+        Weights are relative to exp of the highest near score. In what softmax gives and in that of near tokens nothing
+        is learned: where the centre shifts their scores, far weights are multiplied by the inverse instead.
+        """
+        query, key = _grouped(seen, positions), seen.key.float()
+        value = torch.cat((seen.value.float(), torch.ones(*key.shape[:2], 1)), 2)  # the sums of weights too
+        exact, near, top, is_far = self._fixed(query, key, value, positions)
+        asked = query @ self.query_map + self.query_offset  # [Hkv, G, n, f]
+        met = (key - self.centre[:, None]) @ self.key_map + self.key_offset  # [Hkv, T, f]
+        far = (asked.flatten(1, 2) @ met.mT).view(*query.shape[:3], -1)
+        weight = torch.full_like(far, self.coefficients[-1])
+        for coefficient in reversed(self.coefficients[:-1]):
+            weight = weight * far + coefficient
+        shift = (query * self.centre[:, None, None]).sum(-1, keepdim=True)
+        factor = (self.gain[..., None, None] + shift - top).clamp(max=40).exp()
+        found = _weighed(weight * is_far[:, None], value) * factor + near
+        wrong = found[..., :-1] / found[..., -1:] - exact
+        return wrong.square().sum((2, 3)) / exact.square().sum((2, 3))
+
+    @torch.no_grad()
+    def _fixed(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """What softmax gives [Hkv, G, n, d], near tokens with their sums, their highest scores, who is far."""
         place = torch.arange(key.shape[1])
         visible = place <= positions[:, None]
         near = place > positions[:, None] - self.windows[:, None, None]
         near = (near | (place < self.sinks[:, None, None])) & visible  # [Hkv, n, T]
-        with torch.no_grad():
-            exact = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value[:, None]
-            top = scores.masked_fill(~near[:, None], -torch.inf).amax(-1, keepdim=True)
-        asked = query @ self.query_map + self.query_offset  # [Hkv, G, n, f]
-        far = torch.einsum("hgnf,htf->hgnt", asked, (key - self.centre[:, None]) @ self.key_map + self.key_offset)
-        weight = torch.zeros_like(far)
-        for coefficient in reversed(self.coefficients):
-            weight = weight * far + coefficient
-        weight = weight * (self.gain[..., None, None] - top).clamp(max=40).exp()
-        weight = weight * (visible & ~near)[:, None] + (scores - top).exp() * near[:, None]
-        found = weight @ value[:, None] / weight.sum(-1, keepdim=True)
-        return (found - exact).square().sum((2, 3)) / exact.square().sum((2, 3))
+        scores = (query.flatten(1, 2) @ key.mT).view(*query.shape[:3], -1).masked_fill_(~visible, -torch.inf)
+        of_near = scores.masked_fill(~near[:, None], -torch.inf)
+        top = of_near.amax(-1, keepdim=True)
+        total = _weighed((of_near - top).exp_(), value)
+        exact = _weighed(scores.softmax(-1), value)[..., :-1]
+        return exact, total, top, visible & ~near
 
     @torch.no_grad()
     def take(self, centre: Tensor, maps: FarMap, scale: float) -> None:
@@ -140,9 +154,14 @@ class Learner(nn.Module):
         self.is_begun = self.step > 0
 
 
-def _grouped(seen: Observation) -> Tensor:
-    """Scaled queries by key/value head, [Hkv, G, T, d]."""
-    return (seen.query.float() * seen.scale).unflatten(0, (len(seen.key), -1))
+def _grouped(seen: Observation, positions: Tensor | slice) -> Tensor:
+    """Scaled queries of these positions by key/value head, [Hkv, G, n, d]."""
+    return (seen.query[:, positions].float() * seen.scale).unflatten(0, (len(seen.key), -1))
+
+
+def _weighed(weight: Tensor, value: Tensor) -> Tensor:
+    """Values [Hkv, T, E] by weights [Hkv, G, n, T]: [Hkv, G, n, E]."""
+    return (weight.flatten(1, 2) @ value).view(*weight.shape[:3], -1)
 
 
 def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:

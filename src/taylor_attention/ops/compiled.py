@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Hashable, Sequence
-from functools import cache, lru_cache, partial
+from collections.abc import Hashable, Sequence
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -261,33 +261,34 @@ def _constants(
 class Step(NamedTuple):
     """What all decoding steps of the same sizes, types and strides hand over."""
 
-    append: Callable[..., int]  # the kernel, from the tail's length on, in the order of module.cpp
+    plan: object  # what the kernel keeps of them
     tail: int | None  # tokens in a full tail; None: no far part
-    like: Tensor  # of the output's shape, without its memory
+    shape: tuple[int, ...]  # of the output
     as_they_are: bool  # whether the kernels can read the inputs without a copy
     constants: tuple[Tensor, Tensor]  # whose addresses are among the numbers
 
 
 def plan_step(
-    inputs: tuple[Tensor, Tensor, Tensor],
-    visible: Tensor | None,
-    log_decay: Tensor | None,
-    far_gain: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
     state: State,
     coefficients: tuple[float, ...],
     fitted: bool,
     safe_share: float | None,
 ) -> Step:
-    """Prepare decoding steps for tensors and states like these; shapes as for `decode_`.
+    """Prepare decoding steps for tensors and states like these.
 
     Args:
+        tensors: as for `decode_`.
         coefficients: of the series; none without a far part.
         fitted: read far scores by `reading.fit`; of the coefficients only their number counts then.
         safe_share: normalisers below this share of what the visible keys give at score zero make NaN; None: no check.
     """
+    query, key, value, visible, log_decay, far_gain = tensors
+    assert query is not None and key is not None and value is not None
+    inputs = query, key, value
     batch, heads, columns, features = state.sums.shape
     slots = state.window + state.sinks + state.heavy
-    query_heads, (_, _, head_dim, width) = inputs[0].shape[1], state.tail_key.shape
+    query_heads, (_, _, head_dim, width) = query.shape[1], state.tail_key.shape
     degree = len(coefficients) - 1
     fitted = fitted and degree >= 0
     powers = (1.0,) * (degree + 1) if fitted else coefficients
@@ -321,32 +322,36 @@ def plan_step(
     together = all((x.stride(3) == 1 or x.shape[3] <= 1) and x.dtype == state.dtype for x in inputs)
     gates = log_decay is None or log_decay.dtype in (torch.float32, torch.float64)
     gain = far_gain is None or (far_gain.dtype == state.dtype and far_gain.is_contiguous())
-    tail = width if coefficients else None
-    with torch.inference_mode(False):
-        like = torch.empty(1, dtype=state.dtype, device=state.device).expand(batch, query_heads, 1, columns - 1)
-    return Step(partial(kernels().decode, *numbers), tail, like, together and gates and gain, constants)
+    plan = kernels().plan(_readable((*tensors, *state.all_tensors())), *numbers)
+    tail, shape = width if coefficients else None, (batch, query_heads, 1, columns - 1)
+    return Step(plan, tail, shape, together and gates and gain, constants)
 
 
-def decode_(step: Step, tensors: tuple[Tensor | None, ...], state: State) -> tuple[Tensor, int]:
+def decode_(step: Step, tensors: tuple[Tensor | None, ...], state: State) -> tuple[Tensor, int] | None:
     """Append one token to a state in place and attend; also how many normalisers are not safely positive.
 
     Args:
-        step: what `plan_step` made for tensors like these; they can be read as they are.
+        step: what `plan_step` made, for tensors that the kernels can read as they are.
         tensors: query [B, Hq, 1, d]; key, value [B, Hkv, 1, ...]; which are visible, bool [B, 1], log_decay
             [B, Hkv, 1], and far_gain [Hq], or None.
 
     Returns:
         y [B, Hq, 1, dv], and the number of rows that are NaN for the reason above; -1 if nothing was done because a
-        log decay is not <= 0 or a token is not in range.
+        log decay is not <= 0 or a token is not in range. None if nothing was done because the step is for other
+        tensors, as far as the kernels can see.
     """
-    out = torch.empty_like(step.like, memory_format=torch.contiguous_format)
-    given: tuple[Tensor | None, ...] = (*tensors, out, *state.all_tensors())
-    pointers = given if sees_tensors() else tuple(map(address, given))
+    if not isinstance(tensors[0], Tensor):
+        return None
+    out, append = tensors[0].new_empty(step.shape), kernels().decode
+    pointers = _readable((out, *tensors, *state.all_tensors()))
     if state.tail_length == step.tail:  # judged before the tail is folded: what is refused changes nothing
-        if step.append(step.tail, *pointers) < 0:
-            return out, -1
+        unsafe = append(step.plan, step.tail, *pointers)
+        if unsafe is None or unsafe < 0:
+            return None if unsafe is None else (out, -1)
         fold_(state)
-    unsafe = step.append(state.tail_length, *pointers)
+    unsafe = append(step.plan, state.tail_length, *pointers)
+    if unsafe is None:
+        return None
     if unsafe >= 0:
         near = state.near
         if step.tail is not None:
@@ -355,6 +360,11 @@ def decode_(step: Step, tensors: tuple[Tensor | None, ...], state: State) -> tup
         if near is not None:
             increment_version(_near_tensors(near))
     return out, unsafe
+
+
+def _readable(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | int | None, ...]:
+    """As the kernels take them: as they are, or their addresses."""
+    return tensors if sees_tensors() else tuple(map(address, tensors))
 
 
 def _near_tensors(near: Near) -> tuple[Tensor, ...]:

@@ -64,9 +64,9 @@ def decode_(
             finite or too large for the moments (see `core.ranges`); the state is unchanged.
     """
     tensors = (query, key, value, key_padding_mask, log_decay, far_gain, far_query, far_key)
-    step = _checked(tensors, state, (scale, series, reading, backend))
-    if step.compiled is not None and step.compiled.as_they_are:
-        y, unsafe = compiled.decode_(step.compiled, tensors[:6], state)
+    done, step = _step_again(tensors, state, (scale, series, reading, backend))
+    if done is not None:
+        y, unsafe = done
         if unsafe < 0:
             check_data(None, log_decay, 1)
             check_tokens(key, value, key_padding_mask, state.degree)
@@ -75,7 +75,8 @@ def decode_(
             warn_unsafe()
         note(y, query)
         return y
-    if step.compiled is not None:  # once more, with tensors that the kernels can read
+    assert step is not None
+    if step.compiled is not None and not step.compiled.as_they_are:  # once more, with tensors that the kernels can read
         q, k, v = (x.to(state.dtype).contiguous() for x in (query, key, value))
         gate = None if log_decay is None else log_decay.double()
         gain = None if far_gain is None else far_gain.to(state.dtype).contiguous()
@@ -128,35 +129,61 @@ class _Step(NamedTuple):
     compiled: compiled.Step | None  # for single tokens, where the kernels compute
 
 
+_Done = tuple[Tensor, int] | None
+
 _known: dict[tuple[Any, ...], _Step] = {}
+"""Steps by what the tensors are like, and by all else that was checked."""
+
+_last: dict[tuple[Any, ...], compiled.Step] = {}
+"""Steps by the state's identity, and by all else: whether the tensors are as before is seen when they are read."""
+
 _KNOWN_LIMIT = 1024
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_known.clear)  # how many threads compute is known too
+if hasattr(os, "register_at_fork"):  # how many threads compute is known too
+    os.register_at_fork(after_in_child=_known.clear)
+    os.register_at_fork(after_in_child=_last.clear)
 
 
-def _checked(tensors: tuple[Tensor | None, ...], state: State, options: tuple[Any, ...]) -> _Step:
-    """Check everything but the data. What was good once is good again: decoding repeats the same call very often."""
+def _step_again(
+    tensors: tuple[Tensor | None, ...], state: State, options: tuple[Any, ...]
+) -> tuple[_Done, _Step | None]:
+    """Check everything but the data, and decode where the kernels can read the tensors; else the step that was checked.
+
+    What was good once is good again: decoding repeats the same call very often.
+    """
     arguments: tuple[Any, ...] = (*tensors, state, *options)
     if torch.compiler.is_compiling():
-        return _check(*arguments)
+        return None, _check(*arguments)
     try:
         state.check_layout()
-        signature = (
-            compiled.describe((*tensors, *state.all_tensors())),
-            torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, state.sums)),
-            (type(state), state.degree, state.scale, *options, type(options[0])),  # 1.0 is a scale, True is none
-            torch.get_num_threads(),
-        )
-        found = _known.get(signature)
+        recording = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, state.sums))
+        about = (type(state), state.degree, state.scale, *options, type(options[0]))  # 1.0 is a scale, True is none
+        signature = (recording, torch.get_num_threads(), *about, tensors[6] is None and tensors[7] is None)
+        last = _last.get((id(state), *signature))
     except (AttributeError, TypeError, RuntimeError):  # then the check has something to say
-        return _check(*arguments)
+        return None, _check(*arguments)
+    done = None if last is None else compiled.decode_(last, tensors[:6], state)
+    if done is not None:
+        return done, None
+    try:
+        described = compiled.describe((*tensors, *state.all_tensors())), *signature
+    except (AttributeError, TypeError, RuntimeError):
+        return None, _check(*arguments)
+    found = _known.get(described)
     if found is None:
         state.check_layout_anew()  # someone may have put other tensors into it
         found = _check(*arguments)
-        if len(_known) >= _KNOWN_LIMIT:
-            _known.clear()
-        _known[signature] = found
-    return found
+        _remember(_known, described, found)
+    if found.compiled is None or not found.compiled.as_they_are:
+        return None, found
+    if compiled.sees_tensors():
+        _remember(_last, (id(state), *signature), found.compiled)
+    return compiled.decode_(found.compiled, tensors[:6], state), found
+
+
+def _remember(known: dict[tuple[Any, ...], Any], signature: tuple[Any, ...], found: object) -> None:
+    if len(known) >= _KNOWN_LIMIT:
+        known.clear()
+    known[signature] = found
 
 
 def _check(
@@ -192,6 +219,6 @@ def _check(
     checked = not positive and (degree % 2 == 1 if fitted and degree is not None else True)
     if shapes.queries == 1 and kernels and shapes.far_dim is None:
         safe_share = SAFE_SHARE * abs(coefficients[0]) if checked else None
-        inputs = (query, key, value)
-        plan = compiled.plan_step(inputs, visible, log_decay, far_gain, state, coefficients, fitted, safe_share)
+        tensors = (query, key, value, visible, log_decay, far_gain)
+        plan = compiled.plan_step(tensors, state, coefficients, fitted, safe_share)
     return _Step(shapes.queries, coefficients, checked, fitted, plan)

@@ -178,19 +178,42 @@ PyObject* backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-NearSlots read_near_slots(Numbers& numbers, NearSlots near) {
-  const auto read = [&](Slots& part) {
-    part.key = numbers.pointer<void>(), part.value = numbers.pointer<void>(), part.log_decay = numbers.pointer<double>();
-  };
-  read(near.ring);
-  near.received = numbers.pointer<double>();
-  read(near.sinks), read(near.heavy);
-  near.priority = numbers.pointer<double>();
-  return near;
-}
+// The tensors of a decoding step, None among them; where tensors cannot be looked into, their addresses.
+class Row {
+ public:
+  bool read(PyObject* const* items, Py_ssize_t count) {  // false: they cannot be looked into
+    bool good = count <= kMost;
+    for (Py_ssize_t i = 0; good && i < count; ++i)
+      if (PyLong_Check(items[i])) data_[i] = PyLong_AsVoidPtr(items[i]);
+      else good = exchange && like_.add(*exchange, items[i], &data_[i]);
+    return good;
+  }
+  const Description& like() const { return like_; }  // empty for addresses
+  template <class P> P* next() { return static_cast<P*>(data_[at_++]); }
 
-PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  Numbers numbers(items, count);
+ private:
+  static constexpr Py_ssize_t kMost = 32;
+  void* data_[kMost];
+  Py_ssize_t at_ = 0;
+  Description like_;
+};
+
+// A decoding step without its tensors, and what these are like.
+struct Plan {
+  static constexpr const char* kName = "taylor_attention.plan";
+  static void free(PyObject* capsule) { delete static_cast<Plan*>(PyCapsule_GetPointer(capsule, kName)); }
+  bool is_double;
+  Step step;
+  Description like;
+};
+
+PyObject* plan(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  Row row;
+  PyObject* const tensors = items[0];
+  std::vector<PyObject*> each(PyTuple_Size(tensors));
+  for (Py_ssize_t i = 0; i < Py_ssize_t(each.size()); ++i) each[i] = PyTuple_GetItem(tensors, i);
+  if (!row.read(each.data(), each.size())) return PyErr_Format(PyExc_TypeError, "expected tensors of plain memory");
+  Numbers numbers(items + 1, count - 1);
   const bool is_double = numbers.integer();
   Step s = {};
   s.layout = numbers.layout();
@@ -205,18 +228,40 @@ PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
   s.gates.reset = numbers.real();
   for (Slots* part : {&s.near.ring, &s.near.sinks, &s.near.heavy}) part->width = numbers.integer();
   s.near.safe = numbers.real();
-  s.position = numbers.integer();
-  for (Strided* x : {&s.query, &s.key, &s.value}) x->data = numbers.pointer<const void>();
-  s.visible = numbers.pointer<const std::uint8_t>(), s.gates.data = numbers.pointer<const void>();
-  s.far_gain = numbers.pointer<const void>(), s.out = numbers.pointer<void>();
-  s.sums = numbers.pointer<const void>();
-  numbers.pointer<void>();  // the compensation: only folding changes it
-  s.tokens = numbers.pointer<std::int64_t>(), s.log_decay = numbers.pointer<double>();
-  s.tail_key = numbers.pointer<void>(), s.tail_value = numbers.pointer<void>();
-  s.tail_log_decay = numbers.pointer<double>();
-  if (s.near.ring.width + s.near.sinks.width > 0) s.near = read_near_slots(numbers, s.near);
+  if (!numbers.complete()) return nullptr;
+  return PyCapsule_New(new Plan{is_double, s, row.like()}, Plan::kName, Plan::free);
+}
+
+void take_tensors(Row& row, Step& s) {
+  for (Strided* x : {&s.query, &s.key, &s.value}) x->data = row.next<const void>();
+  s.visible = row.next<const std::uint8_t>(), s.gates.data = row.next<const void>();
+  s.far_gain = row.next<const void>(), s.sums = row.next<const void>();
+  row.next<void>();  // the compensation: only folding changes it
+  s.tokens = row.next<std::int64_t>(), s.log_decay = row.next<double>();
+  s.tail_key = row.next<void>(), s.tail_value = row.next<void>(), s.tail_log_decay = row.next<double>();
+  if (s.near.ring.width + s.near.sinks.width == 0) return;
+  const auto take = [&](Slots& part) {
+    part.key = row.next<void>(), part.value = row.next<void>(), part.log_decay = row.next<double>();
+  };
+  take(s.near.ring);
+  s.near.received = row.next<double>();
+  take(s.near.sinks), take(s.near.heavy);
+  s.near.priority = row.next<double>();
+}
+
+// By a plan, into the tail's slot `position`; None, and nothing is done, if it is for tensors that are not like these.
+PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  constexpr Py_ssize_t kOthers = 3;
+  const auto* planned = static_cast<const Plan*>(PyCapsule_GetPointer(items[0], Plan::kName));
+  Numbers numbers(items + 1, kOthers - 1);
+  Row row;
+  if (!planned) return nullptr;
+  if (!row.read(items + kOthers, count - kOthers) || !(row.like() == planned->like)) Py_RETURN_NONE;
+  Step s = planned->step;
+  s.position = numbers.integer(), s.out = numbers.pointer<void>();
+  take_tensors(row, s);
   Index unsafe = 0;
-  if (!numbers.complete() || !run([&] { unsafe = kernels->decode(s, is_double); })) return nullptr;
+  if (!numbers.complete() || !run([&] { unsafe = kernels->decode(s, planned->is_double); })) return nullptr;
   return PyLong_FromSsize_t(unsafe);
 }
 
@@ -334,6 +379,7 @@ template <class F> PyCFunction as_method(F function) {
 PyMethodDef methods[] = {
     {"forward", as_method(forward), METH_FASTCALL, "Attention of whole sequences."},
     {"backward", as_method(backward), METH_FASTCALL, "Gradients of `forward`."},
+    {"plan", as_method(plan), METH_FASTCALL, "A decoding step for tensors like these, a tuple."},
     {"decode", as_method(decode), METH_FASTCALL, "Append one token and attend; the number of unsafe normalisers."},
     {"fold", as_method(fold), METH_FASTCALL, "Add the tails of states to their moments."},
     {"near_forward", as_method(near_forward), METH_FASTCALL, "Exact attention to a window and to sinks."},

@@ -36,13 +36,19 @@ inline const DLPackExchange* open_exchange(PyObject* capsule) {
 // Numbers that are the same for two rows of tensors (None among them) only if types, devices, shapes and strides are.
 class Description {
  public:
-  bool add(const DLPackExchange& exchange, PyObject* object) {
+  // data: where a tensor's lie, null for None.
+  bool add(const DLPackExchange& exchange, PyObject* object, void** data = nullptr) {
+    if (data) *data = nullptr;
     if (object == Py_None) return put(-1);
     DLTensor x;
     if (exchange.view(object, &x) != 0) return PyErr_Clear(), false;
+    if (data) *data = x.data;
     bool fits = put(x.axes) && put(x.kind | x.bits << 8 | x.lanes << 16) && put(std::int64_t(x.device_type) << 32 | x.device);
     for (std::int32_t i = 0; i < x.axes; ++i) fits = fits && put(x.shape[i]) && put(x.strides[i]);
     return fits;
+  }
+  bool operator==(const Description& other) const {
+    return count_ == other.count_ && memcmp(data_, other.data_, count_ * sizeof data_[0]) == 0;
   }
   PyObject* bytes() const { return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(data_), count_ * 8); }
 
