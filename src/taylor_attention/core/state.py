@@ -58,7 +58,8 @@ def tail_size(head_dim: int, value_dim: int, degree: int | None) -> int:
     if degree is None:
         return 0
     balance = feature_count(head_dim, degree) * (value_dim + 1) // (2 * (head_dim + value_dim + 1))
-    return min(64, max(16, 1 << balance.bit_length() - 1 if balance else 16))
+    most = 64 if balance < 1024 else 128  # moments beyond a core's caches take long to be read and written
+    return min(most, max(16, 1 << balance.bit_length() - 1 if balance else 16))
 
 
 def check_reach(degree: int | None, window: int, sinks: int, heavy: int = 0, head_dim: int | None = None) -> None:
