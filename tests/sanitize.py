@@ -29,7 +29,7 @@ WIDE = """#include "standard.h"
 #include "kernels.h"
 #pragma GCC pop_options
 """
-GOT = "    if (count > 0 && !data_) throw std::bad_alloc();\n"
+GOT = "    if (!data_) throw std::bad_alloc();\n"
 POISON = "    if (count > 0) memset(static_cast<void*>(data_), 0xFF, round_up(count * sizeof(T), 64));\n"
 
 

@@ -459,6 +459,9 @@ def test_what_rounding_dropped_before_is_kept_and_fades_with_the_sums(backend):
 def older_pytorch(monkeypatch):
     """One before 2.10, whose tensors the kernels cannot look into."""
     monkeypatch.setattr(compiled, "sees_tensors", lambda: False)
+    compiled.kernels().exchange(None)
+    yield
+    compiled.kernels().exchange(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 
 
 @pytest.mark.parametrize("kind", [{}, {"window": 5, "sinks": 3, "heavy": 2}, {"reading": "fitted"}], ids=str)

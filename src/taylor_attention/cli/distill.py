@@ -46,11 +46,11 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--degree", type=DEGREE, default=2, show_default=True, help="Of the far part.")
 @click.option("--far-dim", type=click.IntRange(1, 64), default=8, show_default=True, help="Entries of a far key.")
 @click.option("--length", type=COUNT, default=4096, show_default=True, help="Tokens that are read together.")
-@click.option("--tokens", type=COUNT, default=49_152, show_default=True, help="Each layer learns from alone, at most.")
+@click.option("--tokens", type=COUNT, default=131_072, show_default=True, help="Each layer learns from alone, at most.")
 @click.option(
     "--together",
     type=COUNT_OR_NONE,
-    default=49_152,
+    default=73_728,
     show_default=True,
     help="Tokens that all layers then learn from together, at most; 0: none.",
 )

@@ -322,7 +322,7 @@ def plan_step(
     together = all((x.stride(3) == 1 or x.shape[3] <= 1) and x.dtype == state.dtype for x in inputs)
     gates = log_decay is None or log_decay.dtype in (torch.float32, torch.float64)
     gain = far_gain is None or (far_gain.dtype == state.dtype and far_gain.is_contiguous())
-    plan = kernels().plan(_readable((*tensors, *state.all_tensors())), *numbers)
+    plan = kernels().plan(_readable(tensors), _readable(state.all_tensors()), *numbers)
     tail, shape = width if coefficients else None, (batch, query_heads, 1, columns - 1)
     return Step(plan, tail, shape, together and gates and gain, constants)
 
@@ -343,13 +343,13 @@ def decode_(step: Step, tensors: tuple[Tensor | None, ...], state: State) -> tup
     if not isinstance(tensors[0], Tensor):
         return None
     out, append = tensors[0].new_empty(step.shape), kernels().decode
-    pointers = _readable((out, *tensors, *state.all_tensors()))
+    given, own, (place,) = _readable(tensors), _readable(state.all_tensors()), _readable((out,))
     if state.tail_length == step.tail:  # judged before the tail is folded: what is refused changes nothing
-        unsafe = append(step.plan, step.tail, *pointers)
+        unsafe = append(step.plan, given, own, step.tail, place)
         if unsafe is None or unsafe < 0:
             return None if unsafe is None else (out, -1)
         fold_(state)
-    unsafe = append(step.plan, state.tail_length, *pointers)
+    unsafe = append(step.plan, given, own, state.tail_length, place)
     if unsafe is None:
         return None
     if unsafe >= 0:

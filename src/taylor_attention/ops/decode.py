@@ -156,16 +156,17 @@ def _step_again(
     try:
         state.check_layout()
         recording = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, state.sums))
-        about = (type(state), state.degree, state.scale, *options, type(options[0]))  # 1.0 is a scale, True is none
-        signature = (recording, torch.get_num_threads(), *about, tensors[6] is None and tensors[7] is None)
-        last = _last.get((id(state), *signature))
+        alone = tensors[6] is None and tensors[7] is None  # without far keys
+        about = (type(state), state.degree, state.scale, recording, alone, torch.get_num_threads())
+        signature = (*about, *options, type(options[0]))  # 1.0 is a scale, True is none
+        last = _last.get((id(state), signature))
     except (AttributeError, TypeError, RuntimeError):  # then the check has something to say
         return None, _check(*arguments)
     done = None if last is None else compiled.decode_(last, tensors[:6], state)
     if done is not None:
         return done, None
     try:
-        described = compiled.describe((*tensors, *state.all_tensors())), *signature
+        described = compiled.describe((*tensors, *state.all_tensors())), signature
     except (AttributeError, TypeError, RuntimeError):
         return None, _check(*arguments)
     found = _known.get(described)
@@ -176,7 +177,7 @@ def _step_again(
     if found.compiled is None or not found.compiled.as_they_are:
         return None, found
     if compiled.sees_tensors():
-        _remember(_last, (id(state), *signature), found.compiled)
+        _remember(_last, (id(state), signature), found.compiled)
     return compiled.decode_(found.compiled, tensors[:6], state), found
 
 

@@ -277,11 +277,16 @@ template <class T, bool near> struct Decoding {
 
 // Whether a gate or a token is not to be appended.
 template <class T> bool refuses(const Step& s) {
+  const Index d = s.layout->head_dim, value_dim = s.columns - 1, degree = s.layout->degree, rows = s.batch * s.heads;
+  const bool together = s.key.head == d && s.value.head == value_dim &&
+                        (s.batch == 1 || (s.key.batch == s.heads * d && s.value.batch == s.heads * value_dim));
+  const bool all = together && in_range(tokens_of<T>(s.key, 0, 0, 0), rows * d, tokens_of<T>(s.value, 0, 0, 0),
+                                        rows * value_dim, degree, s.limit);  // the largest of all: one look is enough
   for (Index b = 0; b < s.batch; ++b)
-    for (Index h = 0; h < s.heads; ++h) {
+    for (Index h = 0; h < s.heads && (s.gates.data || !all); ++h) {
       if (s.gates.data && !(gate_of(s.gates, b, h) <= 0)) return true;
       const T *key = tokens_of<T>(s.key, b, h, 0), *value = tokens_of<T>(s.value, b, h, 0);
-      if (is_visible(s, b) && !in_range(key, s.layout->head_dim, value, s.columns - 1, s.layout->degree, s.limit)) return true;
+      if (!all && is_visible(s, b) && !in_range(key, d, value, value_dim, degree, s.limit)) return true;
     }
   return false;
 }

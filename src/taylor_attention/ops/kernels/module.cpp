@@ -181,11 +181,14 @@ PyObject* backward(PyObject*, PyObject* const* items, Py_ssize_t count) {
 // The tensors of a decoding step, None among them; where tensors cannot be looked into, their addresses.
 class Row {
  public:
-  bool read(PyObject* const* items, Py_ssize_t count) {  // false: they cannot be looked into
-    bool good = count <= kMost;
-    for (Py_ssize_t i = 0; good && i < count; ++i)
-      if (PyLong_Check(items[i])) data_[i] = PyLong_AsVoidPtr(items[i]);
-      else good = exchange && like_.add(*exchange, items[i], &data_[i]);
+  bool read(PyObject* tuple) {  // takes in more of them; false: they cannot be looked into
+    const Py_ssize_t count = PyTuple_Size(tuple);
+    bool good = count >= 0 && count_ + count <= kMost;
+    for (Py_ssize_t i = 0; good && i < count; ++i, ++count_) {
+      PyObject* item = PyTuple_GetItem(tuple, i);
+      if (PyLong_Check(item)) data_[count_] = PyLong_AsVoidPtr(item);
+      else good = exchange && like_.add(*exchange, item, &data_[count_]);
+    }
     return good;
   }
   const Description& like() const { return like_; }  // empty for addresses
@@ -194,7 +197,7 @@ class Row {
  private:
   static constexpr Py_ssize_t kMost = 32;
   void* data_[kMost];
-  Py_ssize_t at_ = 0;
+  Py_ssize_t count_ = 0, at_ = 0;
   Description like_;
 };
 
@@ -209,11 +212,8 @@ struct Plan {
 
 PyObject* plan(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Row row;
-  PyObject* const tensors = items[0];
-  std::vector<PyObject*> each(PyTuple_Size(tensors));
-  for (Py_ssize_t i = 0; i < Py_ssize_t(each.size()); ++i) each[i] = PyTuple_GetItem(tensors, i);
-  if (!row.read(each.data(), each.size())) return PyErr_Format(PyExc_TypeError, "expected tensors of plain memory");
-  Numbers numbers(items + 1, count - 1);
+  if (!row.read(items[0]) || !row.read(items[1])) return PyErr_Format(PyExc_TypeError, "expected tensors of plain memory");
+  Numbers numbers(items + 2, count - 2);
   const bool is_double = numbers.integer();
   Step s = {};
   s.layout = numbers.layout();
@@ -249,14 +249,14 @@ void take_tensors(Row& row, Step& s) {
   s.near.priority = row.next<double>();
 }
 
-// By a plan, into the tail's slot `position`; None, and nothing is done, if it is for tensors that are not like these.
+// By a plan: the inputs and the state's tensors, the tail's slot for the token, the output. None, and nothing is done, if
+// the plan is for tensors that are not like these.
 PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
-  constexpr Py_ssize_t kOthers = 3;
   const auto* planned = static_cast<const Plan*>(PyCapsule_GetPointer(items[0], Plan::kName));
-  Numbers numbers(items + 1, kOthers - 1);
   Row row;
   if (!planned) return nullptr;
-  if (!row.read(items + kOthers, count - kOthers) || !(row.like() == planned->like)) Py_RETURN_NONE;
+  if (!row.read(items[1]) || !row.read(items[2]) || !(row.like() == planned->like)) Py_RETURN_NONE;
+  Numbers numbers(items + 3, count - 3);
   Step s = planned->step;
   s.position = numbers.integer(), s.out = numbers.pointer<void>();
   take_tensors(row, s);
@@ -379,7 +379,7 @@ template <class F> PyCFunction as_method(F function) {
 PyMethodDef methods[] = {
     {"forward", as_method(forward), METH_FASTCALL, "Attention of whole sequences."},
     {"backward", as_method(backward), METH_FASTCALL, "Gradients of `forward`."},
-    {"plan", as_method(plan), METH_FASTCALL, "A decoding step for tensors like these, a tuple."},
+    {"plan", as_method(plan), METH_FASTCALL, "A decoding step for inputs and tensors of states like these, tuples."},
     {"decode", as_method(decode), METH_FASTCALL, "Append one token and attend; the number of unsafe normalisers."},
     {"fold", as_method(fold), METH_FASTCALL, "Add the tails of states to their moments."},
     {"near_forward", as_method(near_forward), METH_FASTCALL, "Exact attention to a window and to sinks."},

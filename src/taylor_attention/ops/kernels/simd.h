@@ -42,18 +42,45 @@ template <class T> INLINE T sum(Vector<T> x) {
 
 INLINE Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 
-// Memory of one kernel call, not cleared; what is large is aligned to cache lines. A step makes many small ones, which malloc
-// has at hand, while aligned memory is searched for each time.
+// Memory that a thread keeps for small buffers, which come and go many times in a step: the last one taken is the first one
+// given back, since buffers live in blocks of code.
+class Stack {
+ public:
+  ~Stack() { free(base_); }
+  void* take(Index size) {  // null: no room
+#ifndef __SANITIZE_ADDRESS__
+    if (!base_) base_ = static_cast<char*>(aligned_alloc(64, kRoom));
+    if (base_ && used_ + size <= kRoom) return base_ + (used_ += size) - size;
+#endif
+    return nullptr;
+  }
+  bool give_back(void* data) {  // false: it is not from here
+    const Index at = static_cast<char*>(data) - base_;
+    if (at < 0 || at >= kRoom) return false;
+    used_ = at;
+    return true;
+  }
+
+ private:
+  static constexpr Index kRoom = Index(1) << 18;
+  char* base_ = nullptr;
+  Index used_ = 0;
+};
+inline thread_local Stack stack;
+
+// Memory of one kernel call, not cleared, aligned to cache lines.
 template <class T> class Buffer {
  public:
   explicit Buffer(Index count) : data_(nullptr) {
     if (count <= 0) return;
     const Index size = round_up(count * sizeof(T), 64);
-    const bool small = size <= 1024 && alignof(T) <= alignof(max_align_t);
-    data_ = static_cast<T*>(small ? malloc(size) : aligned_alloc(64, size));
+    void* data = stack.take(size);
+    data_ = static_cast<T*>(data ? data : aligned_alloc(64, size));
     if (!data_) throw std::bad_alloc();
   }
-  ~Buffer() { free(data_); }
+  ~Buffer() {
+    if (data_ && !stack.give_back(data_)) free(data_);
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator T*() const { return data_; }
