@@ -12,7 +12,7 @@ FULL: dict[str, Any] = {
     "window": (0, 64, 256),
     "head_dim": (8, 16, 32, 64),
     "degree": (2, 3, 4),
-    "context": (*(64 * 4**i for i in range(8)), 10 * 2**20),
+    "context": (*(16 * 4**i for i in range(9)), 10 * 2**20),
     "length": (128, 512, 1024, 2048, 4096, 8192),
     "repeats": Settings.repeats,
     "budget": Settings.budget,

@@ -74,7 +74,7 @@ _NEAR = ", ".join(f"--{name} {_default(name, plans.FULL_NEAR)}" for name in ("on
     help=f"Latest tokens, weighed exactly; repeatable {_default('window')}. Above 0 the others default to {_NEAR}.",
 )
 @click.option("--width", type=COUNT, default=Settings.width, show_default=True, help="Heads times head size.")
-@click.option("--context", multiple=True, type=COUNT, help="Of a decode step; repeatable [64, 256, ..., 1M, 10M].")
+@click.option("--context", multiple=True, type=COUNT, help="Of a decode step; repeatable [16, 64, ..., 1M, 10M].")
 @click.option("--length", multiple=True, type=COUNT, help=f"Of a prefill; repeatable {_default('length')}.")
 @click.option("--against", multiple=True, metavar="PLACE:FUNCTION", help="A rival's factory, see below; repeatable.")
 @click.option("--threads", type=THREADS, help="Of PyTorch [as PyTorch chooses].")
