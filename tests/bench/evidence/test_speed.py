@@ -56,10 +56,10 @@ def cells(table: Table) -> dict[str, tuple[str, ...]]:
     return {row[0]: row[1:] for row in table.rows}
 
 
-def test_an_aim_is_held_against_the_worst_figure():
+def test_an_aim_is_held_against_the_worst_figure_or_the_median_where_contexts_make_no_difference():
     told = cells(tabulate_aims(RESULTS))
     assert told["prefill: of the GEMM rate"] == ("0.25 (0.3, missed)", "-", "-", "1 (0.75)")
-    assert told["decoding: times as fast as rival.py:theirs"] == ("28.57 (40, missed)", "-", "-", "-")
+    assert told["decoding: times as fast as rival.py:theirs"] == ("39.29, at worst 28.57 (40, missed)", "-", "-", "-")
     assert told["decoding: of the read bandwidth"] == ("-", "-", "-", "0.5 (0.8, missed)")
     assert told["decoding: longest or shortest step over that at 1,024"] == ("1.05 (1.1)", "-", "-", "2 (1.1, missed)")
     assert told["training step, degree 3: over its forward pass"] == ("3.5 (3.5)", "-", "-", "3.6 (3.5, missed)")
