@@ -42,7 +42,11 @@ def test_everyone_is_checked_and_timed(kind: str, degree: int):
     found = measure(case(kind, degree=degree), bench(mine=Recurrent))
     forward = {"taylor forward"} if kind == "train" else set()
     assert found.outcomes.keys() == {"taylor", "sdpa", "recurrent", "mine"} | forward
-    assert all(outcome.milliseconds > 0 and outcome.turns == 1 for outcome in found.outcomes.values())
+    turns = {
+        name: 3 if (kind, name) == ("decode", "taylor") else 1 for name in found.outcomes
+    }  # it is looked at closely
+    assert {name: outcome.turns for name, outcome in found.outcomes.items()} == turns
+    assert all(outcome.milliseconds > 0 for outcome in found.outcomes.values())
     assert all(found.outcomes[name].error < 1e-5 for name in found.outcomes.keys() - forward)
 
 

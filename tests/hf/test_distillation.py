@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from taylor_attention import hf
+from taylor_attention.core.threads import thread_count
 from taylor_attention.errors import ArgumentError, StorageError
 from taylor_attention.hf import profiling
 from taylor_attention.hf.distillation import choose, distill
@@ -16,7 +17,6 @@ from taylor_attention.hf.learner import Learner
 from taylor_attention.hf.models import sizes_of
 from taylor_attention.hf.profiling import next_token_loss
 from taylor_attention.hf.profiling.observe import observing
-from taylor_attention.lm.threads import thread_count
 from taylor_attention.ops.reference import attention_reference
 from tiny_models import LAYERS, causal_model, token_ids
 from tolerances import relative_error

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from endurance import BLOCK, FLAT, alone, generate_long, measurable
+from taylor_attention.core.threads import thread_count
 from taylor_attention.errors import ArgumentError
 from taylor_attention.lm.generation import distribution, prefill, sample, stream
-from taylor_attention.lm.threads import thread_count
 from taylor_attention.nn import LanguageModel, ModelConfig
 
 LOGITS = torch.tensor([[1.0, 3.0, 2.0, 3.0, -1.0]])

@@ -27,9 +27,9 @@ import taylor_attention as ta
 import taylor_attention.lm as lm
 import taylor_attention.nn as nn
 from problems import differences
-from taylor_attention.core import series
+from taylor_attention.core import series, threads
 from taylor_attention.errors import ArgumentError, StorageError
-from taylor_attention.lm import checkpoint, data, evaluation, generation, session, settings, threads, training
+from taylor_attention.lm import checkpoint, data, evaluation, generation, session, settings, training
 from taylor_attention.nn import KeyValueCache, LanguageModel, ModelConfig, SoftmaxAttention, TaylorAttention
 from taylor_attention.nn import checkpoint as model_files
 
@@ -746,6 +746,7 @@ def public() -> dict[str, Any]:
     found |= {name: getattr(nn, name) for name in nn.__all__}
     modules = [
         series,
+        threads,
         model_files,
         *(importlib.import_module(f"{lm.__name__}.{each.name}") for each in pkgutil.iter_modules(lm.__path__)),
     ]

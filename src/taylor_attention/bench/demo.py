@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import threads
 from ..core.storage import replacing
 from ..errors import expect, require
-from ..lm import threads
 from ..lm.generation import BLOCK
 from ..nn import LanguageModel
 from .agreement import DisagreementError, relative_difference

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from ..core.basis import check_degree
-from ..lm.threads import thread_count
+from ..core.threads import thread_count
 from ..ops.attention import attention
 from . import decode, model, sequence, start
 from .cases import (

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..core.state import State
+from ..core.threads import thread_count
 from ..errors import ArgumentError
 from ..lm.checkpoint import load_checkpoint, shipped
 from ..lm.generation import advance, prefill
-from ..lm.threads import thread_count
 from ..nn import Block, LanguageModel
 from . import agreement
 from .cases import OURS, SOFTMAX, Case, Outcome, Result, Settings

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..core.state import State
+from ..core.threads import thread_count
 from ..errors import NormaliserWarning, expect
-from ..lm.threads import thread_count
 from ..ops.attention import attention
 from ..ops.decode import decode_
 from .needles_plan import AT_READING, Case, Options, Settings, state_options

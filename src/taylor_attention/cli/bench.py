@@ -25,8 +25,8 @@ from ..bench.machine import COPY, GEMM, READ, Machine, describe
 from ..bench.measure import Bench, check, measure
 from ..bench.rivals import Factory, load_factory
 from ..bench.turns import time_by_turns
+from ..core.threads import thread_count
 from ..errors import LARGEST_INT, MissingDependencyError, expect
-from ..lm.threads import thread_count
 from .bench_report import describe_case, describe_result, report
 from .console import (
     COUNT,

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from ..bench.evidence.experiment import Table as Findings
 from ..core.basis import MAX_DEGREE
+from ..core.threads import MAX_THREADS
 from ..errors import LARGEST_INT, expect
 from ..lm.checkpoint import SHIPPED, load_checkpoint, shipped
-from ..lm.threads import MAX_THREADS
 from ..nn import LanguageModel
 
 MAX_COUNT = 2**40

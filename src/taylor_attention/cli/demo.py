@@ -17,10 +17,10 @@ from rich.text import Text
 
 from ..bench import demo as bench
 from ..core.storage import write_text
+from ..core.threads import thread_count
 from ..errors import MissingDependencyError, expect
 from ..lm.data import CORPORA, load_split, load_text
 from ..lm.session import Session
-from ..lm.threads import thread_count
 from ..nn import LanguageModel
 from .console import (
     COUNT,

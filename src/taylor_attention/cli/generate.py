@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 import click
 
 from ..core.locks import locked
+from ..core.threads import thread_count
 from ..errors import LARGEST_INT, ArgumentError, StorageError
 from ..lm import generation
 from ..lm.session import Session, uninterrupted
-from ..lm.threads import thread_count
 from ..nn import LanguageModel
 from .console import COUNT_OR_NONE, THREADS, emit_json, err, json_option, load, progress_bar, size
 

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from ..bench.journal import Journal
 from ..bench.soak import Settings, Soak, Stretch, Verdict, judge
 from ..bench.streams import STREAMS
-from ..lm.threads import thread_count
+from ..core.threads import thread_count
 from .console import (
     COUNT,
     DEGREE,

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.threads import thread_count
 from ..errors import expect, expect_int
-from ..lm.threads import thread_count
 from .distilled import Distilled
 from .learner import Learner
 from .models import check_settings, sizes_of, text_config

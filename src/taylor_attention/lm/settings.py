@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.threads import MAX_THREADS
 from ..errors import ArgumentError, expect, expect_int, is_number, shown
 from ..nn.transformer import ModelConfig
-from .threads import MAX_THREADS
 
 
 @dataclass(frozen=True)

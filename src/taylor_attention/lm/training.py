@@ -20,6 +20,7 @@ import torch
 
 from ..core.locks import locked
 from ..core.storage import read_tensors, write_text
+from ..core.threads import thread_count
 from ..errors import StorageError, TaylorAttentionError, expect, expect_bool, shown
 from ..nn.checkpoint import KIND as MODEL_KIND
 from ..nn.checkpoint import save_checkpoint
@@ -29,7 +30,6 @@ from .evaluation import Evaluation, evaluate, next_byte_loss
 from .log import LOG, Log
 from .resume import read_metadata, read_position, write_position
 from .settings import TrainingConfig, learning_rate
-from .threads import thread_count
 
 __all__ = ["Evaluation", "Progress", "TrainingConfig", "TrainingDivergedError", "evaluate", "saved_config", "train"]
 

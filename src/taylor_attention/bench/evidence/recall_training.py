@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...lm.threads import thread_count
+from ...core.threads import thread_count
 from .recall_models import Mixer, RecallModel
 from .recall_tasks import IGNORED, TASKS, Task
 
