@@ -218,11 +218,22 @@ def test_an_instruction_set_that_is_not_here_is_refused():
 
 @built
 @pytest.mark.parametrize("function", ["forward", "backward", "decode", "fold"])
-@pytest.mark.parametrize("count", [0, 5, 100])
+@pytest.mark.parametrize("count", [0, 6, 100])
 def test_another_number_of_arguments_computes_nothing(function, count):
     """They are addresses: a call that does not fit must not begin."""
     with pytest.raises(TypeError, match=f"expected [0-9]+ numbers, got {count}"):
         getattr(MODULE, function)(*[1] * count)
+
+
+@built
+@pytest.mark.parametrize("count", [0, 2, 100])
+def test_a_step_is_planned_for_tensors_alone(count):
+    with pytest.raises(TypeError, match="expected (2 tuples and numbers, got 0|tensors of plain memory)"):
+        MODULE.plan(*[1] * count)
+    plan = MODULE.plan((), (), *[1] * 32)
+    assert MODULE.decode(plan, (torch.zeros(1),), (), 0, 0) is None
+    with pytest.raises(ValueError, match="invalid PyCapsule"):
+        MODULE.decode(*[1] * 5)
 
 
 @built

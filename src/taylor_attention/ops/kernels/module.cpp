@@ -183,6 +183,7 @@ class Row {
  public:
   bool read(PyObject* tuple) {  // takes in more of them; false: they cannot be looked into
     const Py_ssize_t count = PyTuple_Size(tuple);
+    if (count < 0) PyErr_Clear();
     bool good = count >= 0 && count_ + count <= kMost;
     for (Py_ssize_t i = 0; good && i < count; ++i, ++count_) {
       PyObject* item = PyTuple_GetItem(tuple, i);
@@ -212,6 +213,7 @@ struct Plan {
 
 PyObject* plan(PyObject*, PyObject* const* items, Py_ssize_t count) {
   Row row;
+  if (count < 2) return PyErr_Format(PyExc_TypeError, "expected 2 tuples and numbers, got %zd", count);
   if (!row.read(items[0]) || !row.read(items[1])) return PyErr_Format(PyExc_TypeError, "expected tensors of plain memory");
   Numbers numbers(items + 2, count - 2);
   const bool is_double = numbers.integer();
@@ -252,6 +254,7 @@ void take_tensors(Row& row, Step& s) {
 // By a plan: the inputs and the state's tensors, the tail's slot for the token, the output. None, and nothing is done, if
 // the plan is for tensors that are not like these.
 PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
+  if (count != 5) return PyErr_Format(PyExc_TypeError, "expected 5 numbers, got %zd", count);
   const auto* planned = static_cast<const Plan*>(PyCapsule_GetPointer(items[0], Plan::kName));
   Row row;
   if (!planned) return nullptr;
