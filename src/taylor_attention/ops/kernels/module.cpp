@@ -193,6 +193,7 @@ class Row {
     return good;
   }
   const Description& like() const { return like_; }  // empty for addresses
+  Py_ssize_t count() const { return count_; }
   template <class P> P* next() { return static_cast<P*>(data_[at_++]); }
 
  private:
@@ -209,6 +210,7 @@ struct Plan {
   bool is_double;
   Step step;
   Description like;
+  Py_ssize_t count;
 };
 
 PyObject* plan(PyObject*, PyObject* const* items, Py_ssize_t count) {
@@ -231,7 +233,7 @@ PyObject* plan(PyObject*, PyObject* const* items, Py_ssize_t count) {
   for (Slots* part : {&s.near.ring, &s.near.sinks, &s.near.heavy}) part->width = numbers.integer();
   s.near.safe = numbers.real();
   if (!numbers.complete()) return nullptr;
-  return PyCapsule_New(new Plan{is_double, s, row.like()}, Plan::kName, Plan::free);
+  return PyCapsule_New(new Plan{is_double, s, row.like(), row.count()}, Plan::kName, Plan::free);
 }
 
 void take_tensors(Row& row, Step& s) {
@@ -258,7 +260,8 @@ PyObject* decode(PyObject*, PyObject* const* items, Py_ssize_t count) {
   const auto* planned = static_cast<const Plan*>(PyCapsule_GetPointer(items[0], Plan::kName));
   Row row;
   if (!planned) return nullptr;
-  if (!row.read(items[1]) || !row.read(items[2]) || !(row.like() == planned->like)) Py_RETURN_NONE;
+  if (!row.read(items[1]) || !row.read(items[2])) Py_RETURN_NONE;
+  if (row.count() != planned->count || !(row.like() == planned->like)) Py_RETURN_NONE;
   Numbers numbers(items + 3, count - 3);
   Step s = planned->step;
   s.position = numbers.integer(), s.out = numbers.pointer<void>();
